@@ -1,0 +1,38 @@
+"""Functional bilevel optimization in JAX."""
+
+from funcbilevel._bilevel import BilevelSolver as BilevelSolver
+from funcbilevel._bilevel import BilevelState as BilevelState
+from funcbilevel._bilevel import bilevel as bilevel
+from funcbilevel._bilevel import hypergradient as hypergradient
+from funcbilevel._estimator import Adjoint as Adjoint
+from funcbilevel._estimator import AdjointSystem as AdjointSystem
+from funcbilevel._estimator import Estimator as Estimator
+from funcbilevel._estimator import Hypergradient as Hypergradient
+from funcbilevel._estimator import InnerSolution as InnerSolution
+from funcbilevel._estimators.aid import aid as aid
+from funcbilevel._estimators.alternating import alternating as alternating
+from funcbilevel._estimators.funcid import funcid as funcid
+from funcbilevel._estimators.itd import itd as itd
+from funcbilevel._estimators.learned_adjoint import learned_adjoint as learned_adjoint
+from funcbilevel._estimators.linear_adjoint import linear_adjoint as linear_adjoint
+from funcbilevel._estimators.pointwise_adjoint import pointwise_adjoint as pointwise_adjoint
+from funcbilevel._fit import FitState as FitState
+from funcbilevel._linear_solvers import LinearSolver as LinearSolver
+from funcbilevel._linear_solvers import cg as cg
+from funcbilevel._linear_solvers import from_lineax as from_lineax
+from funcbilevel._linear_solvers import gmres as gmres
+from funcbilevel._linear_solvers import gradient_descent as gradient_descent
+from funcbilevel._linear_solvers import identity as identity
+from funcbilevel._linear_solvers import neumann as neumann
+from funcbilevel._linear_solvers import normal_cg as normal_cg
+from funcbilevel._model import Model as Model
+from funcbilevel._model import from_function as from_function
+from funcbilevel._model import from_linen as from_linen
+from funcbilevel._model import from_nnx as from_nnx
+from funcbilevel._problem import FunctionalProblem as FunctionalProblem
+from funcbilevel._problem import ParametricProblem as ParametricProblem
+from funcbilevel._problem import parametrize as parametrize
+from funcbilevel._train import NonFiniteError as NonFiniteError
+from funcbilevel._train import train as train
+
+__version__ = "0.1.0"

@@ -1,0 +1,332 @@
+"""One hypergradient, and the alternating loop around it."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from funcbilevel._check import (
+    as_float_tree,
+    check_inner,
+    check_leading_axis,
+    check_number,
+    check_optimizer,
+    check_outer,
+    check_setup,
+    problem_inputs,
+)
+from funcbilevel._estimator import Estimator, Hypergradient, InnerSolution, InnerSolve
+from funcbilevel._fit import FitState, fit
+from funcbilevel._model import Model
+from funcbilevel._problem import FunctionalProblem, Problem, training_objective
+from funcbilevel._tree import all_finite, tree_norm, tree_where
+from funcbilevel._typing import Batch, InnerParams, Key, Metrics, ModelState, OuterParams, PyTree
+
+
+def hypergradient(
+    problem: Problem,
+    model: Model | None,
+    estimator: Estimator,
+    outer_params: OuterParams,
+    inner_params: InnerParams,
+    inner_batch: Batch,
+    outer_batch: Batch,
+    *,
+    inner_optimizer: optax.GradientTransformation | None = None,
+    model_state: ModelState = None,
+    state: PyTree = None,
+    key: Key | None = None,
+) -> Hypergradient:
+    r"""One estimate of :math:`\nabla F(\omega)` at a given inner solution.
+
+    Arguments:
+        problem: `FunctionalProblem` or `ParametricProblem`.
+        model: the prediction model; None with a `ParametricProblem`.
+        estimator: `funcid(...)`, `aid(...)`, `itd(...)` or `alternating()`.
+        outer_params: omega, any pytree of floats.
+        inner_params: theta, the inner solution; with `itd` the point from which its T steps start.
+        inner_batch, outer_batch: samples of the two distributions.
+        inner_optimizer: the optax optimizer that `itd` differentiates through; the others do not use it.
+        model_state: the model's non-trainable state, for models that have one.
+        state: `Hypergradient.state` of an earlier call, for a warm start; None: a fresh start.
+        key: for estimators that draw random numbers (the learned adjoint's initial parameters, dropout in `itd`).
+
+    Returns:
+        A `Hypergradient`; gradient, explicit and implicit have the structure, shapes and dtypes of outer_params.
+
+    Raises:
+        ValueError, TypeError: at trace time, naming the argument, what was got and what was expected.
+
+    Example: the derivative of a ridge regression's validation loss by its log-penalty.
+        >>> import jax, jax.numpy as jnp, funcbilevel as fb
+        >>> x, y = jnp.eye(3), jnp.arange(3.0)
+        >>> def inner(log_penalty, w, batch):
+        ...     return jnp.mean((batch[0] @ w - batch[1]) ** 2) + jnp.exp(log_penalty) * jnp.sum(w**2)
+        >>> problem = fb.ParametricProblem(inner, lambda _, w, batch: jnp.mean((batch[0] @ w - batch[1]) ** 2))
+        >>> w = y / (1 + 3 * jnp.exp(-1.0))  # the inner solution at log_penalty = -1
+        >>> h = fb.hypergradient(problem, None, fb.aid(fb.cg(3)), -1.0, w, (x, y), (x, y))
+        >>> f = lambda log_penalty: jnp.mean((y / (1 + 3 * jnp.exp(log_penalty)) - y) ** 2)
+        >>> bool(jnp.allclose(h.gradient, jax.grad(f)(-1.0)))
+        True
+    """
+    name = "hypergradient"
+    check_setup(name, problem, model, estimator)
+    if inner_optimizer is not None:
+        check_optimizer(name, "inner_optimizer", inner_optimizer)
+    elif estimator.unroll:
+        raise ValueError(
+            f"{name}: inner_optimizer is None, but fb.itd differentiates through its steps; pass the optax optimizer "
+            "of the inner level, for example inner_optimizer=optax.sgd(0.1)."
+        )
+    outer_params = as_float_tree(name, "outer_params", outer_params)
+    inner_params = as_float_tree(name, "inner_params", inner_params)
+    model_state = () if model_state is None else model_state
+    check_inner(name, problem, model, outer_params, inner_params, model_state, inner_batch)
+    check_outer(name, problem, model, outer_params, inner_params, model_state, outer_batch)
+
+    inner_key, init_key, estimator_key = (None, None, None) if key is None else jax.random.split(key, 3)
+    opt_state = () if inner_optimizer is None else inner_optimizer.init(inner_params)
+    start = FitState(inner_params, opt_state, model_state)
+    if state is None:
+        state = estimator.init(init_key, problem, model, start, inner_batch)
+    solve = _inner_solve(problem, model, inner_optimizer, estimator.unroll, start, inner_batch, inner_key)
+    _, result = estimator.estimate(problem, model, solve, outer_params, inner_batch, outer_batch, state, estimator_key)
+    return result
+
+
+class BilevelState(NamedTuple):
+    """The state of a bilevel solver: a pytree to jit, vmap, shard and checkpoint.
+
+    Attributes:
+        step: outer steps taken, int32 scalar.
+        outer_params: omega.
+        inner_params: theta.
+        model_state: the prediction model's non-trainable state.
+        inner_opt_state, outer_opt_state: the optax states.
+        estimator_state: the estimator's warm start.
+        key: the random key of the next step.
+    """
+
+    step: jax.Array
+    outer_params: OuterParams
+    inner_params: InnerParams
+    model_state: ModelState
+    inner_opt_state: optax.OptState
+    outer_opt_state: optax.OptState
+    estimator_state: PyTree
+    key: Key
+
+
+class _Init(Protocol):
+    def __call__(
+        self, key: Key, outer_params: OuterParams, inner_batch: Batch, inner_params: InnerParams | None = None
+    ) -> BilevelState: ...
+
+
+class BilevelSolver(NamedTuple):
+    """A bilevel solver as pure functions, in the manner of `optax.GradientTransformation`.
+
+    Attributes:
+        init: `(key, outer_params, inner_batch, inner_params=None) -> state`. inner_params default to the model's
+            initial ones; with a `ParametricProblem` they must be given, and inner_batch may be None.
+        step: `(state, inner_batch, outer_batch) -> (state, metrics)`, one outer step. Jit it.
+        run: `(state, inner_batches, outer_batches) -> (state, metrics)`, one scan over the leading axis of the
+            batches; metrics have that leading axis too.
+
+    Metrics are a flat dict of scalars: `outer_objective`; `inner_objective` (at the last inner step, before its
+    update, in train mode); `hypergradient_norm`, `explicit_norm`, `implicit_norm`; `inner_finite`,
+    `adjoint_finite`, `outer_finite`; those of the estimator; aux under `inner/<path>` and `outer/<path>`.
+
+    Where NaN or inf appears in a level, outer_params, their optimizer state and the estimator's state keep their
+    last finite values, and the flag of the level that broke is false (levels above it may be false in
+    consequence); inner_params are kept back as well if it was the inner level.
+    """
+
+    init: _Init
+    step: Callable[[BilevelState, Batch, Batch], tuple[BilevelState, Metrics]]
+    run: Callable[[BilevelState, Batch, Batch], tuple[BilevelState, Metrics]]
+
+
+def bilevel(
+    problem: Problem,
+    model: Model | None,
+    estimator: Estimator,
+    *,
+    inner_optimizer: optax.GradientTransformation,
+    outer_optimizer: optax.GradientTransformation,
+    inner_steps: int = 1,
+) -> BilevelSolver:
+    """A solver that alternates `inner_steps` inner steps, one hypergradient and one outer step.
+
+    Inner parameters, adjoint or linear-system solution and both optimizers' states are carried from one outer step
+    to the next (warm starts). The random key in the state gives each inner step its own dropout key.
+
+    Arguments:
+        problem: `FunctionalProblem` or `ParametricProblem`.
+        model: the prediction model; None with a `ParametricProblem`.
+        estimator: `funcid(...)`, `aid(...)`, `itd(...)` or `alternating()`: swapping it changes nothing else.
+        inner_optimizer, outer_optimizer: any optax optimizers (schedules, clipping, weight decay, `MultiSteps`).
+            The outer one is given `value` and `grad` too, for those that use them.
+        inner_steps: M >= 1.
+
+    Returns:
+        A `BilevelSolver`: `init`, `step`, `run`.
+
+    Raises:
+        ValueError, TypeError: here or, where shapes decide, when `init` or `step` is traced; each names the argument.
+
+    Example:
+        >>> import jax, optax, jax.numpy as jnp, funcbilevel as fb
+        >>> problem = fb.FunctionalProblem(
+        ...     lambda w, v, batch: jnp.mean((v - w) ** 2), lambda w, v, batch: jnp.mean((v - batch[1]) ** 2)
+        ... )
+        >>> model = fb.from_function(lambda key, x: jnp.zeros(()), lambda params, x: params * jnp.ones(len(x)))
+        >>> solver = fb.bilevel(
+        ...     problem, model, fb.funcid(fb.pointwise_adjoint()),
+        ...     inner_optimizer=optax.sgd(0.5), outer_optimizer=optax.sgd(0.5),
+        ... )
+        >>> batch = (jnp.zeros(4), 2.0 * jnp.ones(4))
+        >>> state = solver.init(jax.random.key(0), 0.0, batch)
+        >>> for _ in range(50):
+        ...     state, metrics = jax.jit(solver.step)(state, batch, batch)
+        >>> round(float(state.outer_params), 3)
+        2.0
+    """
+    name = "bilevel"
+    check_setup(name, problem, model, estimator)
+    check_optimizer(name, "inner_optimizer", inner_optimizer)
+    check_optimizer(name, "outer_optimizer", outer_optimizer)
+    check_number(name, "inner_steps", inner_steps)
+    if estimator.unroll > inner_steps:
+        raise ValueError(
+            f"{name}: fb.itd's num_steps={estimator.unroll} exceeds inner_steps={inner_steps}; it can only go back "
+            "through steps that are made. Raise inner_steps or lower num_steps."
+        )
+    outer_update = optax.with_extra_args_support(outer_optimizer).update
+
+    def init(
+        key: Key, outer_params: OuterParams, inner_batch: Batch, inner_params: InnerParams | None = None
+    ) -> BilevelState:
+        key, model_key, estimator_key = jax.random.split(key, 3)
+        outer_params = as_float_tree("init", "outer_params", outer_params)
+        model_state: ModelState = ()
+        if isinstance(problem, FunctionalProblem):
+            assert model is not None
+            inputs = problem_inputs("init", problem, inner_batch, "inner_batch")
+            initial_params, model_state = model.init(model_key, inputs)
+            inner_params = initial_params if inner_params is None else inner_params
+        elif inner_params is None:
+            raise ValueError(
+                "init: inner_params is None, but a ParametricProblem has no model to draw them from; pass "
+                "inner_params=<the starting point of the inner level>."
+            )
+        theta: InnerParams = as_float_tree("init", "inner_params", inner_params)
+        if isinstance(problem, FunctionalProblem) or inner_batch is not None:
+            check_inner("init", problem, model, outer_params, theta, model_state, inner_batch)
+        inner = FitState(theta, inner_optimizer.init(theta), model_state)
+        state = BilevelState(
+            step=jnp.zeros((), jnp.int32),
+            outer_params=outer_params,
+            inner_params=theta,
+            model_state=model_state,
+            inner_opt_state=inner.opt_state,
+            outer_opt_state=outer_optimizer.init(outer_params),
+            estimator_state=estimator.init(estimator_key, problem, model, inner, inner_batch),
+            key=key,
+        )
+        return jax.tree.map(_without_weak_type, state)
+
+    def step(state: BilevelState, inner_batch: Batch, outer_batch: Batch) -> tuple[BilevelState, Metrics]:
+        omega = state.outer_params
+        lower = (state.inner_params, state.model_state)
+        check_inner("step", problem, model, omega, *lower, inner_batch)
+        check_outer("step", problem, model, omega, *lower, outer_batch)
+        key, inner_key, estimator_key = jax.random.split(state.key, 3)
+
+        before = FitState(state.inner_params, state.inner_opt_state, state.model_state)
+        solve = _inner_solve(
+            problem, model, inner_optimizer, estimator.unroll, before, inner_batch, inner_key, inner_steps, omega
+        )
+        inner, hyper = estimator.estimate(
+            problem, model, solve, omega, inner_batch, outer_batch, state.estimator_state, estimator_key
+        )
+        updates, outer_opt_state = outer_update(
+            hyper.gradient, state.outer_opt_state, omega, value=hyper.outer_value, grad=hyper.gradient
+        )
+        new_omega = optax.apply_updates(omega, updates)
+
+        inner_finite = all_finite(inner.fit.params, inner.fit.model_state, inner.metrics["inner_objective"])
+        outer_finite = all_finite(hyper.outer_value, hyper.gradient, new_omega)
+        all_levels = inner_finite & hyper.metrics["adjoint_finite"] & outer_finite
+        after = tree_where(inner_finite, inner.fit, before)
+        new_omega, outer_opt_state, estimator_state = tree_where(
+            all_levels,
+            (new_omega, outer_opt_state, hyper.state),
+            (omega, state.outer_opt_state, state.estimator_state),
+        )
+        new_state = BilevelState(
+            step=state.step + 1,
+            outer_params=new_omega,
+            inner_params=after.params,
+            model_state=after.model_state,
+            inner_opt_state=after.opt_state,
+            outer_opt_state=outer_opt_state,
+            estimator_state=estimator_state,
+            key=key,
+        )
+        metrics = {
+            "outer_objective": hyper.outer_value,
+            "hypergradient_norm": tree_norm(hyper.gradient),
+            "explicit_norm": tree_norm(hyper.explicit),
+            "implicit_norm": tree_norm(hyper.implicit),
+            "inner_finite": inner_finite,
+            "outer_finite": outer_finite,
+        }
+        return new_state, metrics | inner.metrics | hyper.metrics
+
+    def run(state: BilevelState, inner_batches: Batch, outer_batches: Batch) -> tuple[BilevelState, Metrics]:
+        check_leading_axis("run", inner_batches=inner_batches, outer_batches=outer_batches)
+        return jax.lax.scan(lambda s, batches: step(s, *batches), state, (inner_batches, outer_batches))
+
+    return BilevelSolver(init, step, run)
+
+
+def _inner_solve(
+    problem: Problem,
+    model: Model | None,
+    optimizer: optax.GradientTransformation | None,
+    unroll: int,
+    start: FitState,
+    inner_batch: Batch,
+    key: Key | None,
+    inner_steps: int | None = None,
+    outer_params: OuterParams = None,
+) -> InnerSolve:
+    """The inner solution as a function of omega through its last `unroll` steps.
+
+    The `inner_steps - unroll` steps before those are taken here and now, at `outer_params`.
+    """
+
+    def advance(
+        outer_params: OuterParams, state: FitState, first_step: int, num_steps: int, remat: bool
+    ) -> InnerSolution:
+        if optimizer is None or num_steps == 0:
+            return InnerSolution(state, {})
+        value_and_grad = jax.value_and_grad(training_objective(problem, model, outer_params, inner_batch), has_aux=True)
+        state, value, aux = fit(value_and_grad, optimizer, num_steps, state, key, first_step=first_step, remat=remat)
+        return InnerSolution(state, {"inner_objective": value} | aux)
+
+    head = 0 if inner_steps is None else inner_steps - unroll
+    reached = advance(outer_params, start, 0, head, remat=False)
+
+    def solve(outer_params: OuterParams, *, remat: bool = False) -> InnerSolution:
+        return advance(outer_params, reached.fit, head, unroll, remat) if unroll else reached
+
+    return solve
+
+
+def _without_weak_type(x: Any) -> Any:
+    """Otherwise the second step would meet other types than the first, and compile again."""
+    return jax.lax.convert_element_type(x, x.dtype) if getattr(x, "weak_type", False) else x

@@ -1,0 +1,281 @@
+"""Checks of what the user hands in: at trace time, naming what was got, what was expected and the mend."""
+
+import math
+import numbers
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from funcbilevel._estimator import Estimator
+from funcbilevel._model import Model
+from funcbilevel._problem import (
+    FunctionalProblem,
+    ParametricProblem,
+    Problem,
+    inner_value,
+    outer_value,
+)
+from funcbilevel._tree import path_name
+from funcbilevel._typing import Batch, InnerParams, Inputs, ModelState, OuterParams, Prediction, PyTree
+
+# Numbers.
+
+
+def check_number(function: str, name: str, value: Any, low: int = 1) -> None:
+    """An int of at least `low`: a number of steps is part of the compiled program."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{function}: {name} must be a Python int, got {value!r} of type {type(value).__name__}.")
+    if value < low:
+        raise ValueError(f"{function}: {name} must be at least {low}, got {value}.")
+
+
+def check_at_least(function: str, name: str, value: Any, low: float) -> None:
+    """A finite number >= `low`; a traced value passes unseen."""
+    _check_range(function, name, value, f">= {low:g}", lambda x: x >= low)
+
+
+def check_positive(function: str, name: str, value: Any) -> None:
+    """A finite number > 0; a traced value passes unseen."""
+    _check_range(function, name, value, "> 0", lambda x: x > 0)
+
+
+def _check_range(function: str, name: str, value: Any, expected: str, holds: Callable[[float], bool]) -> None:
+    if isinstance(value, Tracer):
+        return
+    is_number = isinstance(value, (numbers.Real, jax.Array, np.ndarray)) and np.ndim(value) == 0
+    if isinstance(value, bool) or not is_number:
+        raise TypeError(f"{function}: {name} must be a number {expected}, got {value!r}.")
+    if not (math.isfinite(value) and holds(float(value))):
+        raise ValueError(f"{function}: {name} must be a finite number {expected}, got {value!r}.")
+
+
+# The parts of a solver.
+
+
+def check_callable(function: str, name: str, value: Any) -> None:
+    if not callable(value):
+        raise TypeError(f"{function}: {name} must be callable, got {type(value).__name__}.")
+
+
+def check_optimizer(function: str, name: str, optimizer: Any) -> None:
+    if not (callable(getattr(optimizer, "init", None)) and callable(getattr(optimizer, "update", None))):
+        raise TypeError(
+            f"{function}: {name} must be an optax.GradientTransformation, got {optimizer!r}; "
+            "call the optimizer's factory, for example optax.adam(1e-3)."
+        )
+
+
+def check_setup(function: str, problem: Any, model: Any, estimator: Any) -> None:
+    """That problem, model and estimator go together."""
+    if not isinstance(problem, (FunctionalProblem, ParametricProblem)):
+        raise TypeError(
+            f"{function}: problem must be an fb.FunctionalProblem or fb.ParametricProblem, "
+            f"got {type(problem).__name__}."
+        )
+    if not isinstance(estimator, Estimator):
+        raise TypeError(
+            f"{function}: estimator must be an fb.Estimator, got {estimator!r}; make one with fb.funcid(...), "
+            "fb.aid(...), fb.itd(...) or fb.alternating()."
+        )
+    if isinstance(problem, ParametricProblem):
+        if model is not None:
+            raise ValueError(
+                f"{function}: model must be None with a ParametricProblem, got {type(model).__name__}; its objectives "
+                "take inner_params themselves. For a model's prediction use an fb.FunctionalProblem."
+            )
+        if estimator.functional:
+            raise TypeError(
+                f"{function}: fb.funcid needs an fb.FunctionalProblem, got a ParametricProblem; write the objectives "
+                "on the prediction, or use fb.aid, fb.itd or fb.alternating."
+            )
+    elif model is None:
+        raise ValueError(
+            f"{function}: model must be an fb.Model with a FunctionalProblem, got None; make one with "
+            "fb.from_function, fb.from_linen or fb.from_nnx."
+        )
+    elif not isinstance(model, Model):
+        raise TypeError(
+            f"{function}: model must be an fb.Model, got {type(model).__name__}; wrap it with fb.from_linen, "
+            "fb.from_nnx or fb.from_function."
+        )
+
+
+# Pytrees.
+
+
+def as_float_tree(function: str, name: str, tree: PyTree) -> PyTree:
+    """`tree` as JAX arrays without weak types, so that a compiled step sees the same types for ever."""
+    leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
+    if not leaves:
+        raise ValueError(f"{function}: {name} is an empty pytree ({tree!r}); it must hold at least one array.")
+    arrays = [_as_float_array(function, f"{name}{_at(path)}", leaf) for path, leaf in leaves]
+    return jax.tree.unflatten(structure, arrays)
+
+
+def _as_float_array(function: str, name: str, leaf: Any) -> jax.Array:
+    try:
+        array = jnp.asarray(leaf)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{function}: {name} must be an array of floats, got {type(leaf).__name__}.") from error
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(
+            f"{function}: {name} must be floating-point, got dtype {array.dtype}; it is optimised by gradients. "
+            "Convert it, for example with jnp.asarray(x, jnp.float32), or close over it in the objectives."
+        )
+    return jax.lax.convert_element_type(array, array.dtype)  # drops the weak type
+
+
+def check_leading_axis(function: str, **batches: PyTree) -> int:
+    """The common leading axis of every leaf: the number of outer steps."""
+    sizes: dict[str, int] = {}
+    for name, tree in batches.items():
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+            if np.ndim(leaf) == 0:
+                raise ValueError(
+                    f"{function}: {name}{_at(path)} is a scalar, expected a leading axis of outer steps; stack one "
+                    "batch per step."
+                )
+            sizes[f"{name}{_at(path)}"] = np.shape(leaf)[0]
+    if not sizes:
+        raise ValueError(f"{function}: {', '.join(batches)} hold no arrays; pass one batch per outer step, stacked.")
+    if len(set(sizes.values())) != 1:
+        raise ValueError(
+            f"{function}: all leaves of {' and '.join(batches)} must have the same leading axis (outer steps), "
+            f"got {sizes}."
+        )
+    return next(iter(sizes.values()))
+
+
+def _at(path: tuple[Any, ...]) -> str:
+    return f"['{name}']" if (name := path_name(path)) else ""
+
+
+# The problem on actual batches. All of it under `jax.eval_shape`: nothing is computed.
+
+
+def check_inner(
+    function: str,
+    problem: Problem,
+    model: Model | None,
+    outer_params: OuterParams,
+    inner_params: InnerParams,
+    model_state: ModelState,
+    inner_batch: Batch,
+) -> None:
+    """The inner objective is a float scalar that depends on what the inner level optimises."""
+    name, u = _lower(function, problem, model, inner_params, model_state, inner_batch, "inner_batch")
+    _, depends = _dependence(lambda omega, u: inner_value(problem, omega, u, inner_batch)[0], outer_params, u)
+    if not depends:
+        raise ValueError(
+            f"{function}: inner_objective does not depend on the {name} (its derivative is identically zero), so "
+            f"there is nothing to fit; use the second argument, without jax.lax.stop_gradient."
+        )
+
+
+def check_outer(
+    function: str,
+    problem: Problem,
+    model: Model | None,
+    outer_params: OuterParams,
+    inner_params: InnerParams,
+    model_state: ModelState,
+    outer_batch: Batch,
+) -> None:
+    """The outer objective is a float scalar that depends on outer_params or on the inner level."""
+    name, u = _lower(function, problem, model, inner_params, model_state, outer_batch, "outer_batch")
+    depends = _dependence(lambda omega, u: outer_value(problem, omega, u, outer_batch)[0], outer_params, u)
+    if not any(depends):
+        raise ValueError(
+            f"{function}: outer_objective depends on neither the {name} nor outer_params, so its hypergradient is "
+            "identically zero; use the first or the second argument."
+        )
+
+
+def _lower(
+    function: str,
+    problem: Problem,
+    model: Model | None,
+    inner_params: InnerParams,
+    model_state: ModelState,
+    batch: Batch,
+    batch_name: str,
+) -> tuple[str, PyTree]:
+    """The name and the shapes of what the objectives see of the lower level."""
+    if isinstance(problem, ParametricProblem):
+        return "inner_params", inner_params
+    assert model is not None
+    inputs = problem_inputs(function, problem, batch, batch_name)
+    shapes = jax.eval_shape(lambda *args: model.apply(*args)[0], inner_params, model_state, inputs)
+    check_prediction(function, "prediction", shapes, inputs, batch_name)
+    return "prediction", shapes
+
+
+def problem_inputs(function: str, problem: FunctionalProblem, batch: Batch, batch_name: str) -> Inputs:
+    """`problem.inputs(batch)`, with a message for batches that it does not fit."""
+    try:
+        inputs = problem.inputs(batch)
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise type(error)(
+            f"{function}: problem.inputs failed on {batch_name} of tree structure {jax.tree.structure(batch)} "
+            f"({error}); pass FunctionalProblem(..., inputs=lambda batch: <what the model is called on>)."
+        ) from error
+    if not jax.tree.leaves(inputs):
+        raise ValueError(f"{function}: the inputs of {batch_name} are an empty pytree; the model needs an array.")
+    return inputs
+
+
+def check_prediction(function: str, name: str, shapes: Prediction, inputs: Inputs, batch_name: str) -> None:
+    """Floating leaves whose leading axis is that of the inputs."""
+    leaves = jax.tree_util.tree_flatten_with_path(shapes)[0]
+    if not leaves:
+        raise ValueError(f"{function}: the {name} is an empty pytree; the model must return at least one array.")
+    sizes = {np.shape(x)[0] for x in jax.tree.leaves(inputs) if np.ndim(x) > 0}
+    for path, leaf in leaves:
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise TypeError(f"{function}: {name}{_at(path)} must be floating-point, got dtype {leaf.dtype}.")
+        if not leaf.shape or leaf.shape[0] not in sizes:
+            raise ValueError(
+                f"{function}: {name}{_at(path)} has shape {leaf.shape}, expected the leading axis of the inputs of "
+                f"{batch_name} ({' or '.join(map(str, sorted(sizes)))}); the model must return one row per sample."
+            )
+
+
+def check_like(function: str, name: str, got: PyTree, expected: PyTree, mend: str) -> None:
+    """Same structure, shapes and dtypes; `got` and `expected` hold arrays or shapes."""
+    if jax.tree.structure(got) != jax.tree.structure(expected):
+        raise ValueError(
+            f"{function}: {name} has tree structure {jax.tree.structure(got)}, expected that of the prediction, "
+            f"{jax.tree.structure(expected)}; {mend}"
+        )
+    pairs = zip(jax.tree_util.tree_flatten_with_path(got)[0], jax.tree.leaves(expected), strict=True)
+    for (path, x), y in pairs:
+        if x.shape != y.shape:
+            raise ValueError(f"{function}: {name}{_at(path)} has shape {x.shape}, expected {y.shape}; {mend}")
+        if x.dtype != y.dtype:
+            raise TypeError(f"{function}: {name}{_at(path)} has dtype {x.dtype}, expected {y.dtype}; {mend}")
+
+
+def _dependence(f: Callable[[Any, Any], jax.Array], *args: PyTree) -> list[bool]:
+    """Whether the derivative of f by each argument is more than a structural zero.
+
+    Each argument passes through an identity whose backward rule leaves a mark: JAX calls the rule while tracing
+    exactly where a derivative path exists.
+    """
+    found = [False] * len(args)
+
+    def marked(i: int) -> Callable[[PyTree], PyTree]:
+        def backward(_: None, cotangent: PyTree) -> tuple[PyTree]:
+            found[i] = True
+            return (cotangent,)
+
+        identity = jax.custom_vjp(lambda x: x)
+        identity.defvjp(lambda x: (x, None), backward)
+        return identity
+
+    marks = [marked(i) for i in range(len(args))]
+    jax.eval_shape(jax.grad(lambda xs: f(*(mark(x) for mark, x in zip(marks, xs, strict=True)))), args)
+    return found

@@ -1,0 +1,146 @@
+"""The protocol that every estimator follows: types only."""
+
+from typing import Any, NamedTuple, Protocol
+
+import jax
+
+from funcbilevel._fit import FitState
+from funcbilevel._model import Model
+from funcbilevel._problem import FunctionalProblem
+from funcbilevel._typing import (
+    Batch,
+    Inputs,
+    Key,
+    LinearMap,
+    Metrics,
+    OuterParams,
+    Prediction,
+    PyTree,
+)
+
+
+class Hypergradient(NamedTuple):
+    """An estimate of the total gradient of F(omega) = L_out(omega, h*_omega).
+
+    Attributes:
+        gradient: explicit + implicit, a pytree like outer_params.
+        explicit: g_exp = d_omega L_out, like outer_params.
+        implicit: g_imp, what reaches the outer objective through the inner solution; like outer_params.
+        outer_value: L_out, a scalar.
+        state: the estimator's state for the next call (the warm start).
+        metrics: flat dict of scalars. Always there: `adjoint_finite` (bool: the estimator's own adjoint or
+            linear solution is finite); linear solves add `linear_residual`, `linear_converged` and
+            `linear_curvature`, the learned adjoint `adjoint_objective`; aux of the outer objective is under
+            `outer/<path>`.
+    """
+
+    gradient: OuterParams
+    explicit: OuterParams
+    implicit: OuterParams
+    outer_value: jax.Array
+    state: PyTree
+    metrics: Metrics
+
+
+class InnerSolution(NamedTuple):
+    """The inner level after its steps.
+
+    Attributes:
+        fit: inner_params, optimizer state and model state.
+        metrics: `inner_objective` and the inner aux at the last step; empty if no step was taken.
+    """
+
+    fit: FitState
+    metrics: Metrics
+
+
+class InnerSolve(Protocol):
+    """The pure function omega -> inner solution, by the last `Estimator.unroll` inner steps."""
+
+    def __call__(self, outer_params: OuterParams, *, remat: bool = False) -> InnerSolution: ...
+
+
+class EstimatorInit(Protocol):
+    def __call__(
+        self, key: Key | None, problem: Any, model: Model | None, inner: FitState, inner_batch: Batch, /
+    ) -> PyTree: ...
+
+
+class Estimate(Protocol):
+    def __call__(
+        self,
+        problem: Any,
+        model: Model | None,
+        solve: InnerSolve,
+        outer_params: OuterParams,
+        inner_batch: Batch,
+        outer_batch: Batch,
+        state: PyTree,
+        key: Key | None,
+        /,
+    ) -> tuple[InnerSolution, Hypergradient]: ...
+
+
+class Estimator(NamedTuple):
+    """A way to turn an inner solution into a hypergradient, as pure functions.
+
+    Attributes:
+        init: `(key, problem, model, inner, inner_batch) -> state`.
+        estimate: `(problem, model, solve, outer_params, inner_batch, outer_batch, state, key)
+            -> (inner solution, Hypergradient)`; `solve(outer_params)` gives the inner solution.
+        unroll: how many of the last inner steps `solve` makes anew from `outer_params`, to be differentiated
+            through. With 0 the inner fit is over before `estimate` is called, and `solve` only returns it.
+        functional: whether it needs a `FunctionalProblem`.
+    """
+
+    init: EstimatorInit
+    estimate: Estimate
+    unroll: int = 0
+    functional: bool = False
+
+
+class AdjointSystem(NamedTuple):
+    """What an adjoint is fitted to: the quadratic L_adj(a) = 1/2 <a(x_P), C[a(x_P)]> + <a(x_Q), d>.
+
+    Attributes:
+        curvature: C = d^2_v L_in at v_P, a linear map on pytrees like v_P.
+        d: d_v L_out at v_Q, like v_Q.
+        v_P: predictions on the inner batch, leaves [n, ...].
+        x_P: inputs of the inner batch.
+        x_Q: inputs of the outer batch.
+    """
+
+    curvature: LinearMap
+    d: Prediction
+    v_P: Prediction
+    x_P: Inputs
+    x_Q: Inputs
+
+
+class AdjointInit(Protocol):
+    def __call__(
+        self, key: Key | None, problem: FunctionalProblem, model: Any, inner: FitState, inner_batch: Batch, /
+    ) -> PyTree: ...
+
+
+class AdjointFit(Protocol):
+    def __call__(
+        self, system: AdjointSystem, model: Model, inner: FitState, state: PyTree, key: Key | None, /
+    ) -> tuple[Prediction, PyTree, Metrics]: ...
+
+
+class Adjoint(NamedTuple):
+    """A way to represent and fit the adjoint function of FuncID, as pure functions.
+
+    Attributes:
+        init: `(key, problem, model, inner, inner_batch) -> state`.
+        fit: `(system, model, inner, state, key) -> (a(x_P), state, metrics)`.
+    """
+
+    init: AdjointInit
+    fit: AdjointFit
+
+
+def no_state(*_: Any) -> PyTree:
+    """`init` of an estimator or adjoint that carries nothing from one outer step to the next."""
+    return ()

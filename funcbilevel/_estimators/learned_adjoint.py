@@ -1,0 +1,96 @@
+"""The adjoint of FuncID as a network trained by an optax optimizer."""
+
+from typing import Any
+
+import jax
+import optax
+
+from funcbilevel._check import check_like, check_number, check_optimizer
+from funcbilevel._estimator import Adjoint, AdjointSystem
+from funcbilevel._fit import FitState, fit
+from funcbilevel._model import Model
+from funcbilevel._problem import FunctionalProblem
+from funcbilevel._tree import tree_vdot
+from funcbilevel._typing import Batch, Key, Metrics, ModelState, Prediction, PyTree
+
+
+def learned_adjoint(
+    optimizer: optax.GradientTransformation, num_steps: int, model: Model | None = None, warm_start: bool = True
+) -> Adjoint:
+    r"""A network a_xi, trained for `num_steps` steps per outer step on
+
+    .. math:: L_{adj}(\xi) = \tfrac12 \langle a_\xi(x_P), C\,a_\xi(x_P)\rangle + \langle a_\xi(x_Q), d\rangle .
+
+    One step costs what a training step of the network on both batches costs. The network is evaluated with
+    `train=False` and its own initial model state: the fit is deterministic, and the prediction model's batch
+    statistics are not touched.
+
+    Arguments:
+        optimizer: any optax optimizer.
+        num_steps: K >= 1.
+        model: the adjoint's model; its output must look like the prediction. None: the prediction model's
+            architecture, with its own parameters.
+        warm_start: whether parameters and optimizer state go on from the previous outer step; if not, they are
+            drawn anew from each call's key.
+
+    Returns:
+        An `Adjoint` for `funcid`. Its metrics: `adjoint_objective`, L_adj at the last step, before its update.
+
+    Raises:
+        TypeError: `optimizer` or `model` is not one; (at trace time) the adjoint's dtype is not the prediction's.
+        ValueError: `num_steps` < 1; no key was given where one is needed; (at trace time) the adjoint's output has
+            another structure or shape than the prediction.
+
+    Example:
+        >>> estimator = fb.funcid(fb.learned_adjoint(optax.adam(1e-3), num_steps=10))
+
+    References:
+        Petrulionyte, Mairal, Arbel, NeurIPS 2024, https://arxiv.org/abs/2403.20233, algorithm 1 (AdjointOpt).
+    """
+    check_optimizer("learned_adjoint", "optimizer", optimizer)
+    check_number("learned_adjoint", "num_steps", num_steps)
+    if not (model is None or isinstance(model, Model)):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(
+            f"learned_adjoint: model must be an fb.Model or None, got {type(model).__name__}; wrap it with "
+            "fb.from_linen, fb.from_nnx or fb.from_function."
+        )
+
+    def start(key: Key | None, prediction_model: Model, x_P: PyTree) -> FitState:
+        if key is None:
+            raise ValueError(
+                "learned_adjoint: key is None, but the adjoint network has to be initialised; pass "
+                "key=jax.random.key(seed), or the state of an earlier call (with warm_start=True)."
+            )
+        params, model_state = (model or prediction_model).init(key, x_P)
+        return FitState(params, optimizer.init(params), model_state)
+
+    def init(
+        key: Key | None, problem: FunctionalProblem, prediction_model: Model, inner: FitState, inner_batch: Batch, /
+    ) -> PyTree:
+        del inner
+        return start(key, prediction_model, problem.inputs(inner_batch)) if warm_start else ()
+
+    def fit_adjoint(
+        system: AdjointSystem, prediction_model: Model, inner: FitState, state: PyTree, key: Key | None, /
+    ) -> tuple[Prediction, PyTree, Metrics]:
+        del inner
+        C, d, v_P, x_P, x_Q = system
+        apply = (model or prediction_model).apply
+        state = state if warm_start else start(key, prediction_model, x_P)
+
+        def value_and_grad(params: PyTree, model_state: ModelState, _: Any) -> Any:
+            a_P, pull_P = jax.vjp(lambda xi: apply(xi, model_state, x_P)[0], params)
+            a_Q, pull_Q = jax.vjp(lambda xi: apply(xi, model_state, x_Q)[0], params)
+            mend = "give learned_adjoint a model whose output is like the prediction model's."
+            check_like("learned_adjoint", "the adjoint model's output", a_P, v_P, mend)
+            Ca = C(a_P)
+            value = 0.5 * tree_vdot(a_P, Ca) + tree_vdot(a_Q, d)
+            # C is symmetric, so the gradient of the quadratic term at a_P is C a_P: one product, not two.
+            (grad_P,), (grad_Q,) = pull_P(Ca), pull_Q(d)
+            return (value, ({}, model_state)), jax.tree.map(lambda p, q: p + q, grad_P, grad_Q)
+
+        state, value, _ = fit(value_and_grad, optimizer, num_steps, state, None)
+        a_P, _ = apply(state.params, state.model_state, x_P)
+        return a_P, state if warm_start else (), {"adjoint_objective": value}
+
+    return Adjoint(init, fit_adjoint)

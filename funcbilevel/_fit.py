@@ -1,0 +1,68 @@
+"""A number of optax steps in one scan: the inner fit and the adjoint fit alike."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from funcbilevel._typing import Key, Metrics, ModelState, PyTree
+
+
+class FitState(NamedTuple):
+    """What a fit carries.
+
+    Attributes:
+        params: the parameters being fitted.
+        opt_state: the state of the optax optimizer.
+        model_state: the model's non-trainable state.
+    """
+
+    params: PyTree
+    opt_state: optax.OptState
+    model_state: ModelState
+
+
+# (params, model_state, key) -> ((value, (metrics, model_state)), gradient)
+ValueAndGrad: TypeAlias = Callable[
+    [PyTree, ModelState, Key | None], tuple[tuple[jax.Array, tuple[Metrics, ModelState]], PyTree]
+]
+
+
+def fit(
+    value_and_grad: ValueAndGrad,
+    optimizer: optax.GradientTransformation,
+    num_steps: int,
+    state: FitState,
+    key: Key | None,
+    *,
+    first_step: int = 0,
+    remat: bool = False,
+) -> tuple[FitState, jax.Array, Metrics]:
+    """Runs `num_steps` optimizer steps; step i uses the key folded with `first_step + i`.
+
+    Optimizers that take extra arguments (line searches, `reduce_on_plateau`, ...) get `value`, `grad` and
+    `value_fn` as `optax` names them.
+
+    Returns:
+        The new state, and the objective and its metrics at the last step, before that step's update.
+    """
+    update = optax.with_extra_args_support(optimizer).update
+
+    def step(state: FitState, i: jax.Array) -> tuple[FitState, tuple[jax.Array, Metrics]]:
+        params, opt_state, model_state = state
+        step_key = None if key is None else jax.random.fold_in(key, i)
+        (value, (metrics, new_model_state)), grad = value_and_grad(params, model_state, step_key)
+
+        def value_fn(params: PyTree, **_: Any) -> jax.Array:
+            return value_and_grad(params, model_state, step_key)[0][0]
+
+        updates, opt_state = update(grad, opt_state, params, value=value, grad=grad, value_fn=value_fn)
+        params = optax.apply_updates(params, updates)
+        return FitState(params, opt_state, new_model_state), (value, metrics)
+
+    steps = first_step + jnp.arange(num_steps)
+    state, trace = jax.lax.scan(jax.checkpoint(step) if remat else step, state, steps)
+    value, metrics = jax.tree.map(lambda x: x[-1], trace)
+    return state, value, metrics

@@ -1,0 +1,245 @@
+"""Solvers of the linear system A u = b that AID meets, A = d^2_theta L_in + damping * I given by its products."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jax.scipy.sparse.linalg as sparse
+
+from funcbilevel._check import check_at_least, check_number, check_positive
+from funcbilevel._tree import tree_add_scaled, tree_norm, tree_vdot
+from funcbilevel._typing import LinearMap, Metrics, PyTree
+
+if TYPE_CHECKING:
+    import lineax
+
+
+class LinearSolver(NamedTuple):
+    """An approximate solver of A u = b for a symmetric A.
+
+    Attributes:
+        solve: `(matvec, rhs, initial) -> solution`; all but `matvec` (A as a function) are pytrees like inner_params.
+        damping: delta >= 0, added to the diagonal before `solve` sees the matrix.
+    """
+
+    solve: Callable[[LinearMap, PyTree, PyTree], PyTree]
+    damping: float = 0.0
+
+
+def cg(num_steps: int, damping: float = 0.0, rtol: float = 0.0) -> LinearSolver:
+    """Conjugate gradients: one Hessian product per step; for a positive definite Hessian.
+
+    Arguments:
+        num_steps: largest number of steps K >= 1.
+        damping: delta >= 0, added to the Hessian's diagonal.
+        rtol: stops before `num_steps` once the relative residual is at most this (or is rounding error).
+
+    Raises:
+        ValueError: an argument is out of range.
+
+    Example:
+        >>> estimator = fb.aid(fb.cg(20, damping=1e-3))
+
+    References:
+        Lorraine, Vicol, Duvenaud, AISTATS 2020, https://arxiv.org/abs/1911.02590 (implicit differentiation);
+        Hestenes and Stiefel, 1952 (the method). The loop is `jax.scipy.sparse.linalg.cg`.
+    """
+    _check("cg", num_steps, damping, rtol)
+
+    def solve(matvec: LinearMap, rhs: PyTree, initial: PyTree) -> PyTree:
+        return conjugate_gradients(matvec, rhs, initial, num_steps, rtol)
+
+    return LinearSolver(solve, damping)
+
+
+def normal_cg(num_steps: int, damping: float = 0.0, rtol: float = 0.0) -> LinearSolver:
+    """Conjugate gradients on the normal equations A A u = A b: two Hessian products per step.
+
+    For an indefinite Hessian, where `cg` may break down. The condition number is squared.
+
+    Arguments:
+        num_steps: largest number of steps K >= 1.
+        damping: delta >= 0, added to the Hessian's diagonal (before the squaring).
+        rtol: stops before `num_steps` once the relative residual of the normal equations is at most this.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+    _check("normal_cg", num_steps, damping, rtol)
+
+    def solve(matvec: LinearMap, rhs: PyTree, initial: PyTree) -> PyTree:
+        return conjugate_gradients(lambda u: matvec(matvec(u)), matvec(rhs), initial, num_steps, rtol)
+
+    return LinearSolver(solve, damping)
+
+
+def gmres(num_steps: int, damping: float = 0.0, rtol: float = 0.0) -> LinearSolver:
+    """GMRES without restart: one Hessian product per step, and a Krylov basis of `num_steps` vectors in memory.
+
+    Arguments:
+        num_steps: size K >= 1 of the Krylov space.
+        damping: delta >= 0, added to the Hessian's diagonal.
+        rtol: stops before `num_steps` once the relative residual is at most this (or is rounding error).
+
+    Raises:
+        ValueError: an argument is out of range.
+
+    References:
+        Saad and Schultz, 1986. The loop is `jax.scipy.sparse.linalg.gmres`.
+    """
+    _check("gmres", num_steps, damping, rtol)
+
+    def solve(matvec: LinearMap, rhs: PyTree, initial: PyTree) -> PyTree:
+        tol = max(rtol, _rounding(rhs))
+        solution, _ = sparse.gmres(
+            matvec, rhs, initial, tol=tol, restart=num_steps, maxiter=1, solve_method="incremental"
+        )
+        return solution
+
+    return LinearSolver(solve, damping)
+
+
+def neumann(num_steps: int, step_size: float, damping: float = 0.0) -> LinearSolver:
+    """The truncated Neumann series u = step_size * sum_{k<=K} (I - step_size A)^k b, from zero every time.
+
+    It converges for 0 < step_size < 2 / largest eigenvalue of A; beyond that it diverges, which
+    `linear_residual` > 1 and `linear_converged` in the metrics show.
+
+    Arguments:
+        num_steps: number K >= 1 of Hessian products.
+        step_size: > 0.
+        damping: delta >= 0, added to the Hessian's diagonal.
+
+    Raises:
+        ValueError: an argument is out of range.
+
+    References:
+        Lorraine, Vicol, Duvenaud, AISTATS 2020, https://arxiv.org/abs/1911.02590, section 3.
+    """
+    _check("neumann", num_steps, damping)
+    check_positive("neumann", "step_size", step_size)
+
+    def solve(matvec: LinearMap, rhs: PyTree, initial: PyTree) -> PyTree:
+        del initial
+        start = jax.tree.map(lambda b: jnp.asarray(step_size, b.dtype) * b, rhs)
+        return _richardson(matvec, rhs, start, num_steps, step_size)
+
+    return LinearSolver(solve, damping)
+
+
+def gradient_descent(num_steps: int, step_size: float, damping: float = 0.0) -> LinearSolver:
+    """Gradient descent on 1/2 <u, A u> - <b, u>, from the previous outer step's solution when warm-started.
+
+    Arguments:
+        num_steps: number K >= 1 of steps, one Hessian product each.
+        step_size: > 0; converges below 2 / largest eigenvalue of A.
+        damping: delta >= 0, added to the Hessian's diagonal.
+
+    Raises:
+        ValueError: an argument is out of range.
+
+    References:
+        Arbel and Mairal, *Amortized Implicit Differentiation for Stochastic Bilevel Optimization*, ICLR 2022,
+        https://arxiv.org/abs/2111.14580
+    """
+    _check("gradient_descent", num_steps, damping)
+    check_positive("gradient_descent", "step_size", step_size)
+
+    def solve(matvec: LinearMap, rhs: PyTree, initial: PyTree) -> PyTree:
+        return _richardson(matvec, rhs, initial, num_steps, step_size)
+
+    return LinearSolver(solve, damping)
+
+
+def identity() -> LinearSolver:
+    """u = b: the inverse Hessian replaced by the identity (T1-T2 of Luketina et al. 2016; often cheap and often wrong).
+
+    References:
+        Luketina, Berglund, Greff, Raiko, ICML 2016, https://arxiv.org/abs/1511.06727
+    """
+    return LinearSolver(lambda matvec, rhs, initial: rhs)
+
+
+def from_lineax(solver: lineax.AbstractLinearSolver[Any], damping: float = 0.0) -> LinearSolver:
+    """Any lineax solver, for example `lineax.GMRES(rtol, atol)`; the operator is tagged positive semidefinite.
+
+    Arguments:
+        solver: the lineax solver object. `fb.aid` accepts it bare, too; this function adds damping.
+        damping: delta >= 0, added to the Hessian's diagonal.
+
+    Raises:
+        ValueError: `damping` is negative.
+        TypeError: `solver` is not a lineax solver.
+    """
+    import lineax  # noqa: PLC0415
+
+    check_at_least("from_lineax", "damping", damping, 0.0)
+    if not isinstance(solver, lineax.AbstractLinearSolver):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"from_lineax: solver must be a lineax solver object, got {solver!r}.")
+
+    def solve(matvec: LinearMap, rhs: PyTree, initial: PyTree) -> PyTree:
+        operator = lineax.FunctionLinearOperator(
+            matvec, jax.eval_shape(lambda: rhs), tags=lineax.positive_semidefinite_tag
+        )
+        # throw=False: a failed solve shows in the metrics and cannot stop a compiled loop.
+        return lineax.linear_solve(operator, rhs, solver, options={"y0": initial}, throw=False).value
+
+    return LinearSolver(solve, damping)
+
+
+def as_linear_solver(solver: Any) -> LinearSolver:
+    """`solver`, or a bare lineax solver made into a `LinearSolver`."""
+    if isinstance(solver, LinearSolver):
+        return solver
+    if any(cls.__module__.partition(".")[0] == "lineax" for cls in type(solver).__mro__):
+        return from_lineax(solver)
+    raise TypeError(
+        f"aid: linear_solver must be one of fb.cg, fb.normal_cg, fb.gmres, fb.neumann, fb.gradient_descent, "
+        f"fb.identity (called with their arguments) or a lineax solver object, got {solver!r}."
+    )
+
+
+def linear_metrics(matvec: LinearMap, rhs: PyTree, solution: PyTree) -> Metrics:
+    """How good a solution of A u = b is, from one product A u.
+
+    `linear_residual` is |b - A u| / |b|; `linear_converged` whether it is at most the square root of the dtype's
+    machine epsilon; `linear_curvature` is <u, A u> / <u, u>, negative only if A is not positive semidefinite.
+    """
+    product = matvec(solution)
+    size, norm_squared = tree_norm(rhs), tree_vdot(solution, solution)
+    residual = tree_norm(tree_add_scaled(rhs, -1.0, product)) / jnp.where(size > 0, size, 1.0)
+    return {
+        "linear_residual": residual,
+        "linear_converged": residual <= jnp.sqrt(jnp.finfo(residual.dtype).eps),
+        "linear_curvature": tree_vdot(solution, product) / jnp.where(norm_squared > 0, norm_squared, 1.0),
+    }
+
+
+def conjugate_gradients(matvec: LinearMap, rhs: PyTree, initial: PyTree, num_steps: int, rtol: float = 0.0) -> PyTree:
+    """At most `num_steps` steps; stops where the residual is rounding error, so that nothing divides by zero."""
+    tol = max(rtol, _rounding(rhs))
+    solution, _ = sparse.cg(matvec, rhs, initial, tol=tol, maxiter=num_steps)
+    return solution
+
+
+def _rounding(tree: PyTree) -> float:
+    return float(jnp.finfo(jnp.result_type(*jax.tree.leaves(tree))).eps)
+
+
+def _richardson(matvec: LinearMap, rhs: PyTree, start: PyTree, num_steps: int, step_size: float) -> PyTree:
+    """u <- u + step_size * (b - A u), `num_steps` times."""
+
+    def step(u: PyTree, _: None) -> tuple[PyTree, None]:
+        return tree_add_scaled(u, step_size, tree_add_scaled(rhs, -1.0, matvec(u))), None
+
+    solution, _ = jax.lax.scan(step, start, None, length=num_steps)
+    return solution
+
+
+def _check(function: str, num_steps: int, damping: float, rtol: float = 0.0) -> None:
+    check_number(function, "num_steps", num_steps)
+    check_at_least(function, "damping", damping, 0.0)
+    check_at_least(function, "rtol", rtol, 0.0)

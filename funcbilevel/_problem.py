@@ -1,0 +1,258 @@
+"""The two kinds of bilevel problem and the derivatives that every estimator is made of.
+
+In the formulas u stands for what the objectives see of the lower level: the prediction v in a functional
+problem, inner_params theta in a parametric one. The same four functions serve both.
+"""
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from funcbilevel._model import Model
+from funcbilevel._tree import scalar_metrics
+from funcbilevel._typing import (
+    Batch,
+    InnerParams,
+    Inputs,
+    Key,
+    LinearMap,
+    Metrics,
+    ModelState,
+    Objective,
+    OuterParams,
+    PyTree,
+)
+
+
+@dataclass(frozen=True)
+class FunctionalProblem:
+    r"""A bilevel problem over functions (Petrulionyte, Mairal, Arbel, NeurIPS 2024, eq. FBO).
+
+    .. math::
+        \min_\omega L_{out}(\omega, h^*_\omega) \quad\text{with}\quad
+        h^*_\omega = \arg\min_h L_{in}(\omega, h)
+
+    Both objectives see the function h only through its values on a batch, and are means over that batch.
+
+    Arguments:
+        inner_objective: `(outer_params, prediction, inner_batch) -> scalar`, strongly convex in the prediction.
+        outer_objective: `(outer_params, prediction, outer_batch) -> scalar`.
+        inputs: `batch -> what the model is called on`; by default the batch's first element. The leaves of the
+            prediction must have the leading axis of the inputs.
+        has_aux: whether both objectives return `(scalar, aux)`. The leaves of aux reach the metrics as
+            `inner/<path>` and `outer/<path>` (a leaf with several elements by its mean).
+
+    Objectives may close over arrays and tracers, take any pytrees, and be built inside a jitted function.
+
+    Raises:
+        TypeError: an objective or `inputs` is not callable.
+
+    Example:
+        >>> import jax.numpy as jnp, funcbilevel as fb
+        >>> problem = fb.FunctionalProblem(
+        ...     inner_objective=lambda w, v, batch: jnp.mean((v - w * batch[1]) ** 2),
+        ...     outer_objective=lambda w, v, batch: jnp.mean((v - batch[1]) ** 2),
+        ... )
+
+    References:
+        Petrulionyte, Mairal, Arbel, *Functional Bilevel Optimization for Machine Learning*, NeurIPS 2024,
+        https://arxiv.org/abs/2403.20233
+    """
+
+    inner_objective: Objective
+    outer_objective: Objective
+    inputs: Callable[[Batch], Inputs] = operator.itemgetter(0)
+    has_aux: bool = False
+
+    def __post_init__(self) -> None:
+        _check_callables(self, ("inner_objective", "outer_objective", "inputs"))
+
+
+@dataclass(frozen=True)
+class ParametricProblem:
+    r"""A bilevel problem over parameters.
+
+    .. math::
+        \min_\omega L_{out}(\omega, \theta^*_\omega) \quad\text{with}\quad
+        \theta^*_\omega = \arg\min_\theta L_{in}(\omega, \theta)
+
+    Arguments:
+        inner_objective: `(outer_params, inner_params, inner_batch) -> scalar`.
+        outer_objective: `(outer_params, inner_params, outer_batch) -> scalar`.
+        has_aux: whether both objectives return `(scalar, aux)`; see `FunctionalProblem`.
+
+    Raises:
+        TypeError: an objective is not callable.
+
+    Example: the penalty of a ridge regression.
+        >>> import jax.numpy as jnp, funcbilevel as fb
+        >>> def inner(log_penalty, w, batch):
+        ...     x, y = batch
+        ...     return jnp.mean((x @ w - y) ** 2) + jnp.exp(log_penalty) * jnp.sum(w**2)
+        >>> def outer(log_penalty, w, batch):
+        ...     x, y = batch
+        ...     return jnp.mean((x @ w - y) ** 2)
+        >>> problem = fb.ParametricProblem(inner, outer)
+    """
+
+    inner_objective: Objective
+    outer_objective: Objective
+    has_aux: bool = False
+
+    def __post_init__(self) -> None:
+        _check_callables(self, ("inner_objective", "outer_objective"))
+
+
+Problem: TypeAlias = FunctionalProblem | ParametricProblem
+
+
+def parametrize(problem: FunctionalProblem, model: Model, model_state: ModelState = ()) -> ParametricProblem:
+    """The parametric problem theta -> L(omega, h_theta(x), batch) of a functional one.
+
+    Arguments:
+        problem: the functional problem.
+        model: the prediction model, used in evaluation mode.
+        model_state: its non-trainable state (batch statistics and the like), held fixed.
+
+    Returns:
+        A `ParametricProblem`, for estimators and solvers that differentiate through parameters.
+
+    Raises:
+        TypeError: `problem` is not a `FunctionalProblem` or `model` not a `Model`.
+
+    Example:
+        >>> parametric = fb.parametrize(problem, model)  # doctest: +SKIP
+    """
+    if not isinstance(problem, FunctionalProblem):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"parametrize: problem must be a FunctionalProblem, got {type(problem).__name__}.")
+    if not isinstance(model, Model):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(
+            f"parametrize: model must be an fb.Model, got {type(model).__name__}; "
+            "make one with fb.from_function, fb.from_linen or fb.from_nnx."
+        )
+
+    def of_parameters(objective: Objective) -> Objective:
+        def parametric_objective(outer_params: OuterParams, inner_params: InnerParams, batch: Batch) -> Any:
+            prediction, _ = model.apply(inner_params, model_state, problem.inputs(batch))
+            return objective(outer_params, prediction, batch)
+
+        return parametric_objective
+
+    return ParametricProblem(
+        of_parameters(problem.inner_objective), of_parameters(problem.outer_objective), problem.has_aux
+    )
+
+
+def as_parametric(problem: Problem, model: Model | None, model_state: ModelState) -> ParametricProblem:
+    """`problem` as the parametric estimators see it, with the model's state held fixed."""
+    if isinstance(problem, ParametricProblem):
+        return problem
+    assert model is not None
+    return parametrize(problem, model, model_state)
+
+
+# The derivatives. `u` is the prediction (functional problem) or inner_params (parametric problem).
+
+
+def inner_value(problem: Problem, outer_params: OuterParams, u: PyTree, batch: Batch) -> tuple[jax.Array, Metrics]:
+    """L_in(omega, u) and its aux as flat metrics."""
+    return _evaluate(problem, "inner", outer_params, u, batch)
+
+
+def outer_value(problem: Problem, outer_params: OuterParams, u: PyTree, batch: Batch) -> tuple[jax.Array, Metrics]:
+    """L_out(omega, u) and its aux as flat metrics."""
+    return _evaluate(problem, "outer", outer_params, u, batch)
+
+
+def outer_derivatives(
+    problem: Problem, outer_params: OuterParams, u: PyTree, batch: Batch
+) -> tuple[jax.Array, Metrics, OuterParams, PyTree]:
+    """L_out, its aux, g_exp = d_omega L_out and d = d_u L_out at (omega, u)."""
+    (value, aux), (g_exp, d) = jax.value_and_grad(
+        lambda omega, u: outer_value(problem, omega, u, batch), argnums=(0, 1), has_aux=True
+    )(outer_params, u)
+    return value, aux, g_exp, d
+
+
+def inner_curvature(problem: Problem, outer_params: OuterParams, u: PyTree, batch: Batch) -> LinearMap:
+    """C = d^2_u L_in(omega, u) as a linear map t -> C[t], linearised once.
+
+    In a functional problem this acts on predictions: no product with a parameter-space Hessian is formed.
+    """
+    gradient = jax.grad(lambda u: inner_value(problem, outer_params, u, batch)[0])
+    _, curvature = jax.linearize(gradient, u)
+    return curvature
+
+
+def inner_cross_derivative(
+    problem: Problem, outer_params: OuterParams, u: PyTree, batch: Batch, direction: PyTree
+) -> OuterParams:
+    """d_omega <d_u L_in(omega, u), direction>: one forward derivative in u, one reverse in omega."""
+
+    def directional_derivative(omega: OuterParams) -> jax.Array:
+        return jax.jvp(lambda u: inner_value(problem, omega, u, batch)[0], (u,), (direction,))[1]
+
+    return jax.grad(directional_derivative)(outer_params)
+
+
+def training_objective(
+    problem: Problem, model: Model | None, outer_params: OuterParams, batch: Batch
+) -> Callable[[InnerParams, ModelState, Key | None], tuple[jax.Array, tuple[Metrics, ModelState]]]:
+    """theta -> L_in with the model in train mode, and the model state that this forward pass leaves behind."""
+
+    def objective(
+        inner_params: InnerParams, model_state: ModelState, key: Key | None
+    ) -> tuple[jax.Array, tuple[Metrics, ModelState]]:
+        if isinstance(problem, FunctionalProblem):
+            assert model is not None
+            u, model_state = model.apply(inner_params, model_state, problem.inputs(batch), train=True, key=key)
+        else:
+            u = inner_params
+        value, aux = inner_value(problem, outer_params, u, batch)
+        return value, (aux, model_state)
+
+    return objective
+
+
+def _check_callables(problem: Problem, names: tuple[str, ...]) -> None:
+    for name in names:
+        if not callable(value := getattr(problem, name)):
+            raise TypeError(f"{type(problem).__name__}: {name} must be callable, got {type(value).__name__}.")
+
+
+def _evaluate(
+    problem: Problem, level: str, outer_params: OuterParams, u: PyTree, batch: Batch
+) -> tuple[jax.Array, Metrics]:
+    name = f"{level}_objective"
+    objective: Objective = getattr(problem, name)
+    output = objective(outer_params, u, batch)
+    aux = None
+    if problem.has_aux:
+        if not (isinstance(output, tuple) and len(output) == 2):  # pyright: ignore[reportUnknownArgumentType]
+            raise TypeError(
+                f"{name} must return (scalar, aux) because has_aux=True, got {_describe(output)}; "
+                "return a pair, or set has_aux=False."
+            )
+        output, aux = output  # pyright: ignore[reportUnknownVariableType]
+    if jax.tree.structure(output) != jax.tree.structure(0):
+        hint = " For (scalar, aux) set has_aux=True." if isinstance(output, tuple) else ""
+        raise TypeError(f"{name} must return a scalar, got {_describe(output)}.{hint}")
+    value = jnp.asarray(output)
+    if value.ndim != 0:
+        raise ValueError(
+            f"{name} must return a scalar, got shape {value.shape}; reduce it over the batch, for example with "
+            "jnp.mean."
+        )
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        raise TypeError(
+            f"{name} must return a floating-point scalar, got dtype {value.dtype}; it has to be differentiable."
+        )
+    return value, scalar_metrics(level, aux)
+
+
+def _describe(output: Any) -> str:
+    return f"{type(output).__name__} with tree structure {jax.tree.structure(output)}"
