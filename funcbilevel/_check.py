@@ -46,7 +46,7 @@ def check_positive(function: str, name: str, value: Any) -> None:
 def _check_range(function: str, name: str, value: Any, expected: str, holds: Callable[[float], bool]) -> None:
     if isinstance(value, Tracer):
         return
-    is_number = isinstance(value, (numbers.Real, jax.Array, np.ndarray)) and np.ndim(value) == 0
+    is_number = isinstance(value, numbers.Real) or (hasattr(value, "dtype") and np.shape(value) == ())
     if isinstance(value, bool) or not is_number:
         raise TypeError(f"{function}: {name} must be a number {expected}, got {value!r}.")
     if not (math.isfinite(value) and holds(float(value))):
