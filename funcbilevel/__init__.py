@@ -4,6 +4,11 @@ from funcbilevel._bilevel import BilevelSolver as BilevelSolver
 from funcbilevel._bilevel import BilevelState as BilevelState
 from funcbilevel._bilevel import bilevel as bilevel
 from funcbilevel._bilevel import hypergradient as hypergradient
+from funcbilevel._cost import Cost as Cost
+from funcbilevel._cost import CostTable as CostTable
+from funcbilevel._cost import compare_costs as compare_costs
+from funcbilevel._cost import cost as cost
+from funcbilevel._cost import measure_costs as measure_costs
 from funcbilevel._estimator import Adjoint as Adjoint
 from funcbilevel._estimator import AdjointSystem as AdjointSystem
 from funcbilevel._estimator import Estimator as Estimator

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -20,7 +21,7 @@ from funcbilevel._check import (
 from funcbilevel._estimator import Estimator, Hypergradient, InnerSolution, InnerSolve
 from funcbilevel._fit import FitState, fit
 from funcbilevel._model import Model
-from funcbilevel._problem import FunctionalProblem, Problem, training_objective
+from funcbilevel._problem import FunctionalProblem, Problem, mean_over_devices, training_value_and_grad
 from funcbilevel._tree import all_finite, tree_norm, tree_where
 from funcbilevel._typing import Batch, InnerParams, Key, Metrics, ModelState, OuterParams, PyTree
 
@@ -93,7 +94,10 @@ def hypergradient(
         state = estimator.init(init_key, problem, model, start, inner_batch)
     solve = _inner_solve(problem, model, inner_optimizer, estimator.unroll, start, inner_batch, inner_key)
     _, result = estimator.estimate(problem, model, solve, outer_params, inner_batch, outer_batch, state, estimator_key)
-    return result
+    chex.assert_trees_all_equal_shapes_and_dtypes(result.gradient, outer_params)  # the estimator's side of the protocol
+    return result._replace(
+        outer_value=mean_over_devices(problem, result.outer_value), metrics=_reduce(problem, result.metrics)
+    )
 
 
 class BilevelState(NamedTuple):
@@ -252,14 +256,23 @@ def bilevel(
         inner, hyper = estimator.estimate(
             problem, model, solve, omega, inner_batch, outer_batch, state.estimator_state, estimator_key
         )
+        chex.assert_trees_all_equal_shapes_and_dtypes(hyper.gradient, omega)
         updates, outer_opt_state = outer_update(
             hyper.gradient, state.outer_opt_state, omega, value=hyper.outer_value, grad=hyper.gradient
         )
         new_omega = optax.apply_updates(omega, updates)
 
-        inner_finite = all_finite(inner.fit.params, inner.fit.model_state, inner.metrics["inner_objective"])
-        outer_finite = all_finite(hyper.outer_value, hyper.gradient, new_omega)
-        all_levels = inner_finite & hyper.metrics["adjoint_finite"] & outer_finite
+        metrics = {
+            "outer_objective": hyper.outer_value,
+            "hypergradient_norm": tree_norm(hyper.gradient),
+            "explicit_norm": tree_norm(hyper.explicit),
+            "implicit_norm": tree_norm(hyper.implicit),
+            "inner_finite": all_finite(inner.fit.params, inner.fit.model_state, inner.metrics["inner_objective"]),
+            "outer_finite": all_finite(hyper.outer_value, hyper.gradient, new_omega),
+        }
+        metrics = _reduce(problem, metrics | inner.metrics | hyper.metrics)
+        inner_finite = metrics["inner_finite"]
+        all_levels = inner_finite & metrics["adjoint_finite"] & metrics["outer_finite"]
         after = tree_where(inner_finite, inner.fit, before)
         new_omega, outer_opt_state, estimator_state = tree_where(
             all_levels,
@@ -276,15 +289,7 @@ def bilevel(
             estimator_state=estimator_state,
             key=key,
         )
-        metrics = {
-            "outer_objective": hyper.outer_value,
-            "hypergradient_norm": tree_norm(hyper.gradient),
-            "explicit_norm": tree_norm(hyper.explicit),
-            "implicit_norm": tree_norm(hyper.implicit),
-            "inner_finite": inner_finite,
-            "outer_finite": outer_finite,
-        }
-        return new_state, metrics | inner.metrics | hyper.metrics
+        return new_state, metrics
 
     def run(state: BilevelState, inner_batches: Batch, outer_batches: Batch) -> tuple[BilevelState, Metrics]:
         check_leading_axis("run", inner_batches=inner_batches, outer_batches=outer_batches)
@@ -314,7 +319,7 @@ def _inner_solve(
     ) -> InnerSolution:
         if optimizer is None or num_steps == 0:
             return InnerSolution(state, {})
-        value_and_grad = jax.value_and_grad(training_objective(problem, model, outer_params, inner_batch), has_aux=True)
+        value_and_grad = training_value_and_grad(problem, model, outer_params, inner_batch)
         state, value, aux = fit(value_and_grad, optimizer, num_steps, state, key, first_step=first_step, remat=remat)
         return InnerSolution(state, {"inner_objective": value} | aux)
 
@@ -325,6 +330,17 @@ def _inner_solve(
         return advance(outer_params, reached.fit, head, unroll, remat) if unroll else reached
 
     return solve
+
+
+def _reduce(problem: Problem, metrics: Metrics) -> Metrics:
+    """Metrics over all devices of the problem's mapped axis: means, and whether a flag is true on every one."""
+
+    def reduce(x: jax.Array) -> jax.Array:
+        if x.dtype != jnp.bool_:
+            return mean_over_devices(problem, x)
+        return mean_over_devices(problem, x.astype(jnp.float32)) == 1.0
+
+    return metrics if problem.axis_name is None else jax.tree.map(reduce, metrics)
 
 
 def _without_weak_type(x: Any) -> Any:

@@ -108,6 +108,7 @@ class AdjointSystem(NamedTuple):
         v_P: predictions on the inner batch, leaves [n, ...].
         x_P: inputs of the inner batch.
         x_Q: inputs of the outer batch.
+        mean: the mean of a pytree over the problem's mapped axis; the identity where it has none.
     """
 
     curvature: LinearMap
@@ -115,6 +116,7 @@ class AdjointSystem(NamedTuple):
     v_P: Prediction
     x_P: Inputs
     x_Q: Inputs
+    mean: LinearMap
 
 
 class AdjointInit(Protocol):

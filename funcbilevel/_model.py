@@ -110,6 +110,7 @@ def from_linen(
 
     Raises:
         TypeError: `module` is not a Linen module.
+        ValueError: it has no such method.
 
     Example:
         >>> from flax import linen
@@ -123,8 +124,12 @@ def from_linen(
     from flax import linen  # noqa: PLC0415
 
     if not isinstance(module, linen.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"from_linen: module must be a flax.linen.Module instance, got {module!r}.")
-    mode_kwargs = mode or _mode_from_signature(getattr(type(module), method or "__call__"))
+        raise TypeError(
+            f"from_linen: module must be a flax.linen.Module instance, got {module!r}; make one by calling the class, "
+            "and use fb.from_nnx for an NNX module."
+        )
+    called = _method("from_linen", type(module), method)
+    mode_kwargs = mode or _mode_from_signature(called)
 
     def init(key: Key, inputs: Inputs, /) -> tuple[InnerParams, ModelState]:
         keys = jax.random.split(key, 1 + len(rngs))
@@ -148,7 +153,8 @@ def from_linen(
             return module.apply(variables, inputs, **kwargs), model_state
         streams = {} if key is None else {name: jax.random.fold_in(key, i) for i, name in enumerate(rngs)}
         prediction, updated = module.apply(variables, inputs, rngs=streams, mutable=list(model_state), **kwargs)
-        return prediction, dict(model_state) | dict(updated)
+        # In the dtypes that they came in: BatchNorm's statistics start in float32 whatever the inputs are.
+        return prediction, jax.tree.map(_in_dtype_of, dict(model_state), dict(model_state) | dict(updated))
 
     return Model(init, apply)
 
@@ -163,7 +169,8 @@ def from_nnx(
 
     `nnx.Param` variables are trained; all others but random streams are the model state, updated in train mode
     only (`module.train()` and `module.eval()` choose the mode). Random streams are made anew from each step's
-    key. Parameters and state are `nnx.State` pytrees: `nnx.update(module, params, model_state)` writes them back.
+    key; what the module `sow`s is dropped. Parameters and state are `nnx.State` pytrees:
+    `nnx.update(module, params, model_state)` writes them back.
 
     Arguments:
         module: a function from `nnx.Rngs` to a module, so that each key gives its own initial parameters; or a
@@ -173,6 +180,7 @@ def from_nnx(
 
     Raises:
         TypeError: `module` is neither an NNX module nor a function that makes one.
+        ValueError: it has no such method.
 
     Example:
         >>> from flax import nnx
@@ -181,27 +189,31 @@ def from_nnx(
     from flax import nnx  # noqa: PLC0415
 
     def split(instance: nnx.Module) -> tuple[Any, ...]:
-        return nnx.split(instance, nnx.Param, nnx.RngState, ...)
+        return nnx.split(instance, nnx.Param, nnx.RngState, (nnx.Intermediate, nnx.Perturbation), ...)
 
     if isinstance(module, nnx.Module):
         example: Any = module
-    elif callable(module):
+    elif callable(module) and not _is_linen(module):
         make = module
         example = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
         if not isinstance(example, nnx.Module):
             raise TypeError(f"from_nnx: the function must return an nnx.Module, got {type(example).__name__}.")
     else:
-        raise TypeError(f"from_nnx: module must be an nnx.Module or a function nnx.Rngs -> nnx.Module, got {module!r}.")
-    mode_kwargs = mode or _mode_from_signature(getattr(type(example), method or "__call__"))
-    graphdef, own_params, streams, own_state = split(example)
+        raise TypeError(
+            f"from_nnx: module must be an nnx.Module or a function nnx.Rngs -> nnx.Module, got {module!r}; for a Linen "
+            "module use fb.from_linen."
+        )
+    called = _method("from_nnx", type(example), method)
+    mode_kwargs = mode or _mode_from_signature(called)
+    graphdef, own_params, streams, sown, own_state = split(example)
     stream_leaves, stream_structure = jax.tree.flatten(streams)
     stream_shapes = [(x.shape, x.dtype) for x in stream_leaves]
 
     def init(key: Key, inputs: Inputs, /) -> tuple[InnerParams, ModelState]:
         del inputs
         if isinstance(module, nnx.Module):
-            return own_params, own_state
-        _, params, _, model_state = split(module(nnx.Rngs(key)))
+            return jax.tree.map(jnp.copy, (own_params, own_state))  # the module's own must survive donation
+        _, params, _, _, model_state = split(module(nnx.Rngs(key)))
         return params, model_state
 
     def streams_from(key: Key | None) -> Any:
@@ -223,18 +235,36 @@ def from_nnx(
         key: Key | None = None,
     ) -> tuple[Prediction, ModelState]:
         # Through jax.tree.map, because modules write into their variables: these are new ones, the caller's stay.
-        variables = jax.tree.map(lambda x: x, (params, streams_from(key), model_state))
+        variables = jax.tree.map(lambda x: x, (params, streams_from(key), sown, model_state))
         instance = nnx.merge(graphdef, *variables)
         instance.train() if train else instance.eval()
-        call = getattr(instance, method or "__call__")
+        call: Any = getattr(instance, method or "__call__")
+        if hasattr(nnx, "capture"):  # of newer Flax, where `sow` warns outside of it
+            call = nnx.capture(call)
         prediction = call(inputs, **mode_kwargs(train))
-        return prediction, split(instance)[3] if train else model_state
+        return prediction, split(instance)[4] if train else model_state
 
     return Model(init, apply)
 
 
+def _in_dtype_of(old: jax.Array, new: jax.Array) -> jax.Array:
+    return new if new.dtype == old.dtype else new.astype(old.dtype)
+
+
 _TRAIN_NAMES = ("train", "training", "is_training", "update_stats")
 _EVAL_NAMES = ("deterministic", "use_running_average")
+
+
+def _is_linen(module: Any) -> bool:
+    return any(cls.__module__.startswith("flax.linen") for cls in type(module).__mro__)
+
+
+def _method(function: str, cls: type, name: str | None) -> Callable[..., Any]:
+    if name is not None and not callable(getattr(cls, name, None)):
+        raise ValueError(
+            f"{function}: {cls.__name__} has no method {name!r}; pass method=<the name of one of its own>."
+        )
+    return getattr(cls, name or "__call__")
 
 
 def _mode_from_signature(function: Callable[..., Any]) -> Callable[[bool], dict[str, Any]]:

@@ -45,6 +45,10 @@ class FunctionalProblem:
             prediction must have the leading axis of the inputs.
         has_aux: whether both objectives return `(scalar, aux)`. The leaves of aux reach the metrics as
             `inner/<path>` and `outer/<path>` (a leaf with several elements by its mean).
+        axis_name: name of a mapped axis over which the batches are spread, under `jax.pmap` (or `jax.shard_map` with
+            `check_vma=False`): the objectives are means over one device's part, and all derivatives and metrics are
+            averaged over the axis, so that every device takes the same step, that of the whole batch. Give all
+            devices the same state. Not needed with `jit`, which shards batches by itself.
 
     Objectives may close over arrays and tracers, take any pytrees, and be built inside a jitted function.
 
@@ -67,6 +71,7 @@ class FunctionalProblem:
     outer_objective: Objective
     inputs: Callable[[Batch], Inputs] = operator.itemgetter(0)
     has_aux: bool = False
+    axis_name: str | None = None
 
     def __post_init__(self) -> None:
         _check_callables(self, ("inner_objective", "outer_objective", "inputs"))
@@ -84,6 +89,7 @@ class ParametricProblem:
         inner_objective: `(outer_params, inner_params, inner_batch) -> scalar`.
         outer_objective: `(outer_params, inner_params, outer_batch) -> scalar`.
         has_aux: whether both objectives return `(scalar, aux)`; see `FunctionalProblem`.
+        axis_name: see `FunctionalProblem`.
 
     Raises:
         TypeError: an objective is not callable.
@@ -102,6 +108,7 @@ class ParametricProblem:
     inner_objective: Objective
     outer_objective: Objective
     has_aux: bool = False
+    axis_name: str | None = None
 
     def __post_init__(self) -> None:
         _check_callables(self, ("inner_objective", "outer_objective"))
@@ -143,7 +150,10 @@ def parametrize(problem: FunctionalProblem, model: Model, model_state: ModelStat
         return parametric_objective
 
     return ParametricProblem(
-        of_parameters(problem.inner_objective), of_parameters(problem.outer_objective), problem.has_aux
+        of_parameters(problem.inner_objective),
+        of_parameters(problem.outer_objective),
+        problem.has_aux,
+        problem.axis_name,
     )
 
 
@@ -175,7 +185,9 @@ def outer_derivatives(
     (value, aux), (g_exp, d) = jax.value_and_grad(
         lambda omega, u: outer_value(problem, omega, u, batch), argnums=(0, 1), has_aux=True
     )(outer_params, u)
-    return value, aux, g_exp, d
+    # A prediction belongs to one device's samples, parameters to all devices.
+    d = mean_over_devices(problem, d) if isinstance(problem, ParametricProblem) else d
+    return value, aux, mean_over_devices(problem, g_exp), d
 
 
 def inner_curvature(problem: Problem, outer_params: OuterParams, u: PyTree, batch: Batch) -> LinearMap:
@@ -185,7 +197,9 @@ def inner_curvature(problem: Problem, outer_params: OuterParams, u: PyTree, batc
     """
     gradient = jax.grad(lambda u: inner_value(problem, outer_params, u, batch)[0])
     _, curvature = jax.linearize(gradient, u)
-    return curvature
+    if isinstance(problem, FunctionalProblem):
+        return curvature
+    return lambda t: mean_over_devices(problem, curvature(t))
 
 
 def inner_cross_derivative(
@@ -196,13 +210,18 @@ def inner_cross_derivative(
     def directional_derivative(omega: OuterParams) -> jax.Array:
         return jax.jvp(lambda u: inner_value(problem, omega, u, batch)[0], (u,), (direction,))[1]
 
-    return jax.grad(directional_derivative)(outer_params)
+    return mean_over_devices(problem, jax.grad(directional_derivative)(outer_params))
 
 
-def training_objective(
+def mean_over_devices(problem: Problem, tree: PyTree) -> PyTree:
+    """The mean over the problem's mapped axis, if it has one."""
+    return tree if problem.axis_name is None else jax.lax.pmean(tree, problem.axis_name)
+
+
+def training_value_and_grad(
     problem: Problem, model: Model | None, outer_params: OuterParams, batch: Batch
-) -> Callable[[InnerParams, ModelState, Key | None], tuple[jax.Array, tuple[Metrics, ModelState]]]:
-    """theta -> L_in with the model in train mode, and the model state that this forward pass leaves behind."""
+) -> Callable[[InnerParams, ModelState, Key | None], tuple[tuple[jax.Array, tuple[Metrics, ModelState]], InnerParams]]:
+    """theta -> L_in and d_theta L_in with the model in train mode, and the model state that this pass leaves behind."""
 
     def objective(
         inner_params: InnerParams, model_state: ModelState, key: Key | None
@@ -215,7 +234,13 @@ def training_objective(
         value, aux = inner_value(problem, outer_params, u, batch)
         return value, (aux, model_state)
 
-    return objective
+    def value_and_grad(
+        inner_params: InnerParams, model_state: ModelState, key: Key | None
+    ) -> tuple[tuple[jax.Array, tuple[Metrics, ModelState]], InnerParams]:
+        value_and_aux, grad = jax.value_and_grad(objective, has_aux=True)(inner_params, model_state, key)
+        return value_and_aux, mean_over_devices(problem, grad)
+
+    return value_and_grad
 
 
 def _check_callables(problem: Problem, names: tuple[str, ...]) -> None:

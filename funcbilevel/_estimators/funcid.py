@@ -1,5 +1,6 @@
 """FuncID: functional implicit differentiation."""
 
+from functools import partial
 from typing import Any
 
 from funcbilevel._check import check_prediction, problem_inputs
@@ -9,6 +10,7 @@ from funcbilevel._problem import (
     FunctionalProblem,
     inner_cross_derivative,
     inner_curvature,
+    mean_over_devices,
     outer_derivatives,
 )
 from funcbilevel._tree import all_finite, tree_add_scaled
@@ -67,7 +69,8 @@ def funcid(adjoint: Adjoint) -> Estimator:
 
         value, aux, g_exp, d = outer_derivatives(problem, outer_params, v_Q, outer_batch)
         C = inner_curvature(problem, outer_params, v_P, inner_batch)
-        a_P, state, metrics = adjoint.fit(AdjointSystem(C, d, v_P, x_P, x_Q), model, inner.fit, state, key)
+        system = AdjointSystem(C, d, v_P, x_P, x_Q, partial(mean_over_devices, problem))
+        a_P, state, metrics = adjoint.fit(system, model, inner.fit, state, key)
         g_imp = inner_cross_derivative(problem, outer_params, v_P, inner_batch, a_P)
 
         metrics = metrics | aux | {"adjoint_finite": all_finite(a_P) | ~all_finite(d)}

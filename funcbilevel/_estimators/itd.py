@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from funcbilevel._check import check_number
 from funcbilevel._estimator import Estimator, Hypergradient, InnerSolution, InnerSolve, no_state
 from funcbilevel._model import Model
-from funcbilevel._problem import Problem, as_parametric, outer_value
+from funcbilevel._problem import Problem, as_parametric, mean_over_devices, outer_value
 from funcbilevel._tree import tree_add_scaled
 from funcbilevel._typing import Batch, Key, Metrics, OuterParams, PyTree
 
@@ -76,6 +76,7 @@ def itd(num_steps: int, mode: Literal["reverse", "forward"] = "reverse", remat: 
         (g_exp, g_imp), (value, aux, inner) = differentiate(unrolled, argnums=(0, 1), has_aux=True)(
             outer_params, outer_params
         )
+        g_exp, g_imp = mean_over_devices(problem, (g_exp, g_imp))
         metrics = aux | {"adjoint_finite": jnp.array(True)}
         return inner, Hypergradient(tree_add_scaled(g_exp, 1.0, g_imp), g_exp, g_imp, value, state, metrics)
 

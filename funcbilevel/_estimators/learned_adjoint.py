@@ -74,7 +74,7 @@ def learned_adjoint(
         system: AdjointSystem, prediction_model: Model, inner: FitState, state: PyTree, key: Key | None, /
     ) -> tuple[Prediction, PyTree, Metrics]:
         del inner
-        C, d, v_P, x_P, x_Q = system
+        C, d, v_P, x_P, x_Q, mean = system
         apply = (model or prediction_model).apply
         state = state if warm_start else start(key, prediction_model, x_P)
 
@@ -87,7 +87,7 @@ def learned_adjoint(
             value = 0.5 * tree_vdot(a_P, Ca) + tree_vdot(a_Q, d)
             # C is symmetric, so the gradient of the quadratic term at a_P is C a_P: one product, not two.
             (grad_P,), (grad_Q,) = pull_P(Ca), pull_Q(d)
-            return (value, ({}, model_state)), jax.tree.map(lambda p, q: p + q, grad_P, grad_Q)
+            return (value, ({}, model_state)), mean(jax.tree.map(lambda p, q: p + q, grad_P, grad_Q))
 
         state, value, _ = fit(value_and_grad, optimizer, num_steps, state, None)
         a_P, _ = apply(state.params, state.model_state, x_P)

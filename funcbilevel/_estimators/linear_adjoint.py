@@ -64,20 +64,21 @@ def linear_adjoint(
         system: AdjointSystem, model: Model, inner: FitState, state: PyTree, key: Key | None, /
     ) -> tuple[Prediction, PyTree, Metrics]:
         del model, key
-        C, d, v_P, x_P, x_Q = system
+        C, d, v_P, x_P, x_Q, mean = system
         phi_P, phi_Q = evaluate(inner, x_P), evaluate(inner, x_Q)
 
         # Coordinates Z with W = U D Z, where Phi_P' Phi_P = U diag(lam) U' and D is diagonal: the system matrix
         # D (U' Phi_P' C Phi_P U + ridge) D is the identity if C is a multiple of it.
-        lam, U = jnp.linalg.eigh(phi_P.T @ phi_P)
+        lam, U = jnp.linalg.eigh(mean(phi_P.T @ phi_P))
         phi_P, phi_Q = phi_P @ U, phi_Q @ U
-        D = jax.tree.map(lambda c: _inverse_sqrt(jnp.multiply.outer(lam, c) + ridge), _mean_curvature(C, v_P))
+        scale = mean(_mean_curvature(C, v_P))
+        D = jax.tree.map(lambda c: _inverse_sqrt(jnp.multiply.outer(lam, c) + ridge), scale)
 
         def values(phi: jax.Array, Z: PyTree) -> Prediction:  # phi U D Z
             return jax.tree.map(lambda D, Z: jnp.tensordot(phi, D * Z, 1), D, Z)
 
         def moments(phi: jax.Array, t: Prediction) -> PyTree:  # D U' phi' t
-            return jax.tree.map(lambda D, t: D * jnp.tensordot(phi.T, t, 1), D, t)
+            return mean(jax.tree.map(lambda D, t: D * jnp.tensordot(phi.T, t, 1), D, t))
 
         def matvec(Z: PyTree) -> PyTree:
             return jax.tree.map(lambda D, Z, m: m + ridge * D * D * Z, D, Z, moments(phi_P, C(values(phi_P, Z))))

@@ -43,7 +43,7 @@ def pointwise_adjoint() -> Adjoint:
         system: AdjointSystem, model: Model, inner: FitState, state: PyTree, key: Key | None, /
     ) -> tuple[Prediction, PyTree, Metrics]:
         del model, inner, key
-        C, d, _, x_P, x_Q = system
+        C, d, _, x_P, x_Q, _ = system
         shapes_P, shapes_Q = jax.eval_shape(lambda: (x_P, x_Q))
         mend = "both batches must hold the same inputs in the same order."
         check_like("pointwise_adjoint", "the inputs of outer_batch", shapes_Q, shapes_P, mend)

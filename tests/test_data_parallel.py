@@ -1,0 +1,100 @@
+"""One batch spread over eight devices under `jax.pmap` (axis_name) gives the step of the whole batch."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import funcbilevel as fb
+
+DEVICES, SAMPLES = 8, 64
+
+
+def features(params, x):
+    return jnp.tanh(x @ params["hidden"])
+
+
+MODEL = fb.from_function(
+    lambda key, x: {"hidden": jax.random.normal(key, (3, 8)), "head": jnp.ones((8, 1))},
+    lambda params, x: features(params, x) @ params["head"],
+)
+
+ESTIMATORS = {
+    "funcid-learned": fb.funcid(fb.learned_adjoint(optax.adam(1e-2), 5)),
+    "funcid-linear": fb.funcid(fb.linear_adjoint(features)),
+    "funcid-linear-ridge": fb.funcid(fb.linear_adjoint(features, ridge=0.1)),
+    "funcid-pointwise": fb.funcid(fb.pointwise_adjoint()),
+    "aid-cg": fb.aid(fb.cg(5, damping=3.0)),
+    "aid-normal-cg": fb.aid(fb.normal_cg(5, damping=1.0)),
+    "aid-gmres": fb.aid(fb.gmres(5, damping=1.0)),
+    "aid-neumann": fb.aid(fb.neumann(5, 0.1)),
+    "aid-gradient-descent": fb.aid(fb.gradient_descent(5, 0.1)),
+    "aid-identity": fb.aid(fb.identity()),
+    "itd": fb.itd(3),
+    "itd-forward": fb.itd(2, mode="forward"),
+    "alternating": fb.alternating(),
+}
+
+
+def problem(axis_name):
+    def inner(outer_params, v, batch):
+        _, y, weight = batch
+        return jnp.mean(weight * (v - outer_params["slope"] * y) ** 2), {"largest": jnp.mean(v)}
+
+    def outer(outer_params, v, batch):
+        return jnp.mean((v - 2 * batch[1]) ** 2) + 0.1 * outer_params["slope"] ** 2, {}
+
+    return fb.FunctionalProblem(inner, outer, has_aux=True, axis_name=axis_name)
+
+
+def make(estimator, axis_name):
+    return fb.bilevel(
+        problem(axis_name),
+        MODEL,
+        estimator,
+        inner_optimizer=optax.adam(1e-2, eps_root=1e-12),
+        outer_optimizer=optax.sgd(0.1),
+        inner_steps=3,
+    )
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_pmap_over_a_spread_batch_equals_the_whole_batch(name):
+    x, weight = (
+        jax.random.normal(jax.random.key(0), (SAMPLES, 3)),
+        0.5 + jax.random.uniform(jax.random.key(1), (SAMPLES, 1)),
+    )
+    whole = (x, jnp.sin(jnp.sum(x, axis=1, keepdims=True)), weight)
+    spread = jax.tree.map(lambda a: a.reshape(DEVICES, SAMPLES // DEVICES, -1), whole)
+
+    one, many = make(ESTIMATORS[name], None), make(ESTIMATORS[name], "devices")
+    start = one.init(jax.random.key(2), {"slope": 0.5}, whole)
+    replicated = jax.tree.map(lambda a: jnp.broadcast_to(a, (DEVICES, *a.shape)), start)
+    step_one, step_many = jax.jit(one.step), jax.pmap(many.step, axis_name="devices")
+    for _ in range(2):
+        start, metrics_one = step_one(start, whole, whole)
+        replicated, metrics_many = step_many(replicated, spread, spread)
+
+    assert not np.isclose(start.outer_params["slope"], 0.5, atol=1e-3)
+    np.testing.assert_allclose(replicated.outer_params["slope"], start.outer_params["slope"], atol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, np.broadcast_to(b, a.shape), atol=1e-5),
+        replicated.inner_params,
+        start.inner_params,
+    )
+    for key in ("outer_objective", "inner_objective", "hypergradient_norm", "inner/largest", "inner_finite"):
+        np.testing.assert_allclose(metrics_many[key][0], metrics_one[key], rtol=1e-4, atol=1e-5)
+
+
+def test_a_fault_on_one_device_holds_all_devices_back():
+    x = jax.random.normal(jax.random.key(0), (DEVICES, 4, 3))
+    batch = (x, jnp.ones((DEVICES, 4, 1)), jnp.ones((DEVICES, 4, 1)))
+    broken = (x, batch[1].at[3].set(jnp.nan), batch[2])
+    solver = make(fb.alternating(), "devices")
+    start = solver.init(jax.random.key(2), {"slope": 0.5}, jax.tree.map(lambda a: a[0], batch))
+    state = jax.tree.map(lambda a: jnp.broadcast_to(a, (DEVICES, *a.shape)), start)
+    state, metrics = jax.pmap(solver.step, axis_name="devices")(state, batch, broken)
+    assert not metrics["outer_finite"].any()
+    assert metrics["inner_finite"].all()
+    np.testing.assert_array_equal(state.outer_params["slope"], np.full(DEVICES, 0.5, np.float32))
