@@ -22,7 +22,7 @@ from funcbilevel._estimator import Estimator, Hypergradient, InnerSolution, Inne
 from funcbilevel._fit import FitState, fit
 from funcbilevel._model import Model
 from funcbilevel._problem import FunctionalProblem, Problem, mean_over_devices, training_value_and_grad
-from funcbilevel._tree import all_finite, tree_norm, tree_where
+from funcbilevel._tree import all_finite, stays_finite, tree_norm, tree_where
 from funcbilevel._typing import Batch, InnerParams, Key, Metrics, ModelState, OuterParams, PyTree
 
 
@@ -267,8 +267,10 @@ def bilevel(
             "hypergradient_norm": tree_norm(hyper.gradient),
             "explicit_norm": tree_norm(hyper.explicit),
             "implicit_norm": tree_norm(hyper.implicit),
-            "inner_finite": all_finite(inner.fit.params, inner.fit.model_state, inner.metrics["inner_objective"]),
-            "outer_finite": all_finite(hyper.outer_value, hyper.gradient, new_omega),
+            "inner_finite": all_finite(inner.fit.params, inner.fit.model_state, inner.metrics["inner_objective"])
+            & stays_finite(before.opt_state, inner.fit.opt_state),
+            "outer_finite": all_finite(hyper.outer_value, hyper.gradient, new_omega)
+            & stays_finite(state.outer_opt_state, outer_opt_state),
         }
         metrics = _reduce(problem, metrics | inner.metrics | hyper.metrics)
         inner_finite = metrics["inner_finite"]

@@ -64,9 +64,14 @@ def check_callable(function: str, name: str, value: Any) -> None:
 def check_optimizer(function: str, name: str, optimizer: Any) -> None:
     if not (callable(getattr(optimizer, "init", None)) and callable(getattr(optimizer, "update", None))):
         raise TypeError(
-            f"{function}: {name} must be an optax.GradientTransformation, got {optimizer!r}; "
+            f"{function}: {name} must be an optax.GradientTransformation, got {_shown(optimizer)}; "
             "call the optimizer's factory, for example optax.adam(1e-3)."
         )
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 80 and "\n" not in text else f"an object of type {type(value).__name__}"
 
 
 def check_setup(function: str, problem: Any, model: Any, estimator: Any) -> None:
@@ -171,7 +176,7 @@ def check_inner(
     _, depends = _dependence(lambda omega, u: inner_value(problem, omega, u, inner_batch)[0], outer_params, u)
     if not depends:
         raise ValueError(
-            f"{function}: inner_objective does not depend on the {name} (its derivative is identically zero), so "
+            f"{function}: inner_objective does not depend on {name} (its derivative is identically zero), so "
             f"there is nothing to fit; use the second argument, without jax.lax.stop_gradient."
         )
 
@@ -190,7 +195,7 @@ def check_outer(
     depends = _dependence(lambda omega, u: outer_value(problem, omega, u, outer_batch)[0], outer_params, u)
     if not any(depends):
         raise ValueError(
-            f"{function}: outer_objective depends on neither the {name} nor outer_params, so its hypergradient is "
+            f"{function}: outer_objective depends on neither {name} nor outer_params, so its hypergradient is "
             "identically zero; use the first or the second argument."
         )
 
@@ -211,7 +216,7 @@ def _lower(
     inputs = problem_inputs(function, problem, batch, batch_name)
     shapes = jax.eval_shape(lambda *args: model.apply(*args)[0], inner_params, model_state, inputs)
     check_prediction(function, "prediction", shapes, inputs, batch_name)
-    return "prediction", shapes
+    return "the prediction", shapes
 
 
 def problem_inputs(function: str, problem: FunctionalProblem, batch: Batch, batch_name: str) -> Inputs:
@@ -236,7 +241,10 @@ def check_prediction(function: str, name: str, shapes: Prediction, inputs: Input
     sizes = {np.shape(x)[0] for x in jax.tree.leaves(inputs) if np.ndim(x) > 0}
     for path, leaf in leaves:
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise TypeError(f"{function}: {name}{_at(path)} must be floating-point, got dtype {leaf.dtype}.")
+            raise TypeError(
+                f"{function}: {name}{_at(path)} must be floating-point, got dtype {leaf.dtype}; the objectives are "
+                "differentiated by it. Return values before rounding, argmax or a comparison."
+            )
         if not leaf.shape or leaf.shape[0] not in sizes:
             raise ValueError(
                 f"{function}: {name}{_at(path)} has shape {leaf.shape}, expected the leading axis of the inputs of "
@@ -248,7 +256,7 @@ def check_like(function: str, name: str, got: PyTree, expected: PyTree, mend: st
     """Same structure, shapes and dtypes; `got` and `expected` hold arrays or shapes."""
     if jax.tree.structure(got) != jax.tree.structure(expected):
         raise ValueError(
-            f"{function}: {name} has tree structure {jax.tree.structure(got)}, expected that of the prediction, "
+            f"{function}: {name} has tree structure {jax.tree.structure(got)}, expected "
             f"{jax.tree.structure(expected)}; {mend}"
         )
     pairs = zip(jax.tree_util.tree_flatten_with_path(got)[0], jax.tree.leaves(expected), strict=True)

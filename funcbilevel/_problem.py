@@ -264,9 +264,12 @@ def _evaluate(
             )
         output, aux = output  # pyright: ignore[reportUnknownVariableType]
     if jax.tree.structure(output) != jax.tree.structure(0):
-        hint = " For (scalar, aux) set has_aux=True." if isinstance(output, tuple) else ""
+        hint = " For (scalar, aux) set has_aux=True." if isinstance(output, tuple) else " Return the value itself."
         raise TypeError(f"{name} must return a scalar, got {_describe(output)}.{hint}")
-    value = jnp.asarray(output)
+    try:
+        value = jnp.asarray(output)
+    except TypeError as error:
+        raise TypeError(f"{name} must return a scalar, got {_describe(output)}.") from error
     if value.ndim != 0:
         raise ValueError(
             f"{name} must return a scalar, got shape {value.shape}; reduce it over the batch, for example with "
@@ -274,10 +277,13 @@ def _evaluate(
         )
     if not jnp.issubdtype(value.dtype, jnp.floating):
         raise TypeError(
-            f"{name} must return a floating-point scalar, got dtype {value.dtype}; it has to be differentiable."
+            f"{name} must return a floating-point scalar, got dtype {value.dtype}; it is differentiated, so compute it "
+            "from floating-point values without counting or comparing, and take the real part of complex ones."
         )
     return value, scalar_metrics(level, aux)
 
 
 def _describe(output: Any) -> str:
+    if isinstance(output, jax.Array):
+        return f"an array of shape {output.shape}"
     return f"{type(output).__name__} with tree structure {jax.tree.structure(output)}"

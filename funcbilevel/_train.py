@@ -58,6 +58,10 @@ def train(
 
     All chunks share one compiled program, the last and shorter one included; its buffers are donated.
 
+    A solver over several seeds at once goes in as `solver._replace(step=jax.vmap(solver.step))`, with a state from
+    `jax.vmap(solver.init)`; `data` then gives one pair of batches for each seed (its key and step are arrays over the
+    seeds, so `jax.vmap` of a sampler serves), and metrics have the seeds as second axis.
+
     Arguments:
         solver: from `bilevel`.
         state: from `solver.init`, or of an earlier run. It is copied, so it stays usable.
@@ -115,7 +119,7 @@ def train(
             if batches is None:
                 state, metrics = run_chunk(state, size)
             else:
-                pairs = list(itertools.islice(batches, size))
+                pairs = [_pair(pair) for pair in itertools.islice(batches, size)]
                 if len(pairs) < size:
                     warnings.warn(
                         f"train: data ended after {done + len(pairs)} of {num_outer_steps} steps.", stacklevel=2
@@ -127,7 +131,7 @@ def train(
                 state, metrics = run_chunk(state, size, _stack(pairs))
             chunk_metrics = {name: np.asarray(values)[:size] for name, values in jax.device_get(metrics).items()}
             history.append(chunk_metrics)
-            if message := _nonfinite(chunk_metrics, int(state.step) - size):
+            if message := _nonfinite(chunk_metrics, int(np.max(state.step)) - size):
                 if on_nonfinite == "raise":
                     raise NonFiniteError(message, state, chunk_metrics)
                 warnings.warn(message, stacklevel=2)
@@ -139,15 +143,22 @@ def train(
     return state, {name: np.concatenate([m[name] for m in history]) for name in (history[0] if history else {})}
 
 
+def _pair(pair: Any) -> tuple[Batch, Batch]:
+    if not (isinstance(pair, (tuple, list)) and len(pair) == 2):  # pyright: ignore[reportUnknownArgumentType]
+        got = f"{type(pair).__name__} of {len(pair)}" if isinstance(pair, (tuple, list)) else type(pair).__name__
+        raise TypeError(f"train: data must give pairs (inner_batch, outer_batch), got {got}; pack extras into them.")
+    return pair[0], pair[1]
+
+
 def _sampled_chunk(
     solver: BilevelSolver, sampler: Sampler, chunk: int, state: BilevelState, size: jax.Array
 ) -> tuple[BilevelState, Metrics]:
     def batches(state: BilevelState, i: jax.Array) -> tuple[Batch, Batch]:
         del i
-        pair = sampler(jax.random.fold_in(state.key, _DATA_STREAM), state.step)
-        if not (isinstance(pair, tuple) and len(pair) == 2):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"train: data must return (inner_batch, outer_batch), got {type(pair).__name__}.")
-        return pair
+        fold_in = jax.random.fold_in
+        for _ in state.step.shape:  # the seeds of a vmapped solver
+            fold_in = jax.vmap(fold_in, in_axes=(0, None))
+        return _pair(sampler(fold_in(state.key, _DATA_STREAM), state.step))
 
     return _steps(solver, batches, chunk, state, size)
 
@@ -195,15 +206,16 @@ def _stack(pairs: list[tuple[Batch, Batch]]) -> tuple[Batch, Batch]:
 
 def _nonfinite(metrics: HostMetrics, first_step: int) -> str | None:
     """Says which level broke, and when first."""
-    healthy = np.stack([metrics[f"{level}_finite"] for level in _LEVELS], axis=-1)  # [steps, levels]
+    healthy = np.stack([metrics[f"{level}_finite"] for level in _LEVELS], axis=-1)  # [steps, (seeds,) levels]
     if healthy.all():
         return None
-    step = int(np.argmin(healthy.all(axis=-1)))
-    level = _LEVELS[int(np.argmin(healthy[step]))]
+    first = tuple(int(i) for i in np.argwhere(~healthy.all(axis=-1))[0])  # (step,) or (step, seed)
+    level = _LEVELS[int(np.argmin(healthy[first]))]
+    seed = f" of seed {', '.join(map(str, first[1:]))}" if first[1:] else ""
     return (
-        f"train: NaN or inf in the {level} level at outer step {first_step + step} "
-        f"(inner_objective {metrics['inner_objective'][step]:.6g}, outer_objective "
-        f"{metrics['outer_objective'][step]:.6g}). outer_params keep their last finite value. To mend: "
+        f"train: NaN or inf in the {level} level at outer step {first_step + first[0]}{seed} "
+        f"(inner_objective {metrics['inner_objective'][first]:.6g}, outer_objective "
+        f"{metrics['outer_objective'][first]:.6g}). outer_params keep their last finite value. To mend: "
         f"{_HINTS[level]}."
     )
 
@@ -239,5 +251,8 @@ class _ProgressBar:
 
     def update(self, done: int, metrics: HostMetrics) -> None:
         self._bar.update(
-            self._task, completed=done, outer=metrics["outer_objective"][-1], inner=metrics["inner_objective"][-1]
+            self._task,
+            completed=done,
+            outer=np.mean(metrics["outer_objective"][-1]),
+            inner=np.mean(metrics["inner_objective"][-1]),
         )

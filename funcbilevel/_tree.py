@@ -35,15 +35,26 @@ def all_finite(*trees: PyTree) -> jax.Array:
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in leaves])) if leaves else jnp.array(True)
 
 
+def stays_finite(before: PyTree, after: PyTree) -> jax.Array:
+    """Scalar bool: what was finite before still is. (An optimizer's state may start with inf.)"""
+    pairs = zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
+    return all_finite([jnp.where(jnp.isfinite(x), y, 0) for x, y in pairs if jnp.issubdtype(x.dtype, jnp.inexact)])
+
+
 def scalar_metrics(level: str, aux: PyTree) -> Metrics:
     """Flattens aux to `level/path` -> scalar; a leaf with several elements is reported by its mean."""
 
-    def scalar(x: Any) -> jax.Array:
-        x = jnp.asarray(x)
+    def scalar(name: str, x: Any) -> jax.Array:
+        try:
+            x = jnp.asarray(x)
+        except TypeError as error:
+            raise TypeError(
+                f"{level}_objective: aux must hold numbers or arrays, got {type(x).__name__} at {name!r}; drop it."
+            ) from error
         return x if x.ndim == 0 else jnp.mean(x)
 
-    leaves, _ = jax.tree_util.tree_flatten_with_path(aux)
-    return {f"{level}/{path_name(path) or 'aux'}": scalar(x) for path, x in leaves}
+    leaves = {path_name(path) or "aux": x for path, x in jax.tree_util.tree_flatten_with_path(aux)[0]}
+    return {f"{level}/{name}": scalar(name, x) for name, x in leaves.items()}
 
 
 def path_name(path: tuple[Any, ...]) -> str:

@@ -86,7 +86,8 @@ def aid(linear_solver: LinearSolver | lineax.AbstractLinearSolver[Any], warm_sta
         cross = inner_cross_derivative(problem, outer_params, theta, inner_batch, u)
         g_imp = jax.tree.map(jnp.negative, cross)
 
-        metrics = linear_metrics(damped, rhs, u) | aux | {"adjoint_finite": all_finite(u) | ~all_finite(rhs)}
+        metrics = linear_metrics(damped, rhs, u)
+        metrics = metrics | aux | {"adjoint_finite": all_finite(u, metrics) | ~all_finite(rhs)}
         gradient = tree_add_scaled(g_exp, 1.0, g_imp)
         return inner, Hypergradient(gradient, g_exp, g_imp, value, u if warm_start else (), metrics)
 

@@ -13,7 +13,7 @@ from funcbilevel._problem import (
     mean_over_devices,
     outer_derivatives,
 )
-from funcbilevel._tree import all_finite, tree_add_scaled
+from funcbilevel._tree import all_finite, stays_finite, tree_add_scaled
 from funcbilevel._typing import Batch, Key, OuterParams, PyTree
 
 
@@ -70,11 +70,12 @@ def funcid(adjoint: Adjoint) -> Estimator:
         value, aux, g_exp, d = outer_derivatives(problem, outer_params, v_Q, outer_batch)
         C = inner_curvature(problem, outer_params, v_P, inner_batch)
         system = AdjointSystem(C, d, v_P, x_P, x_Q, partial(mean_over_devices, problem))
-        a_P, state, metrics = adjoint.fit(system, model, inner.fit, state, key)
+        a_P, new_state, metrics = adjoint.fit(system, model, inner.fit, state, key)
         g_imp = inner_cross_derivative(problem, outer_params, v_P, inner_batch, a_P)
 
-        metrics = metrics | aux | {"adjoint_finite": all_finite(a_P) | ~all_finite(d)}
-        return inner, Hypergradient(tree_add_scaled(g_exp, 1.0, g_imp), g_exp, g_imp, value, state, metrics)
+        finite = all_finite(a_P, metrics) & stays_finite(state, new_state)
+        metrics = metrics | aux | {"adjoint_finite": finite | ~all_finite(d)}
+        return inner, Hypergradient(tree_add_scaled(g_exp, 1.0, g_imp), g_exp, g_imp, value, new_state, metrics)
 
     return Estimator(adjoint.init, estimate, functional=True)
 

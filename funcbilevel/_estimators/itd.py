@@ -76,6 +76,8 @@ def itd(num_steps: int, mode: Literal["reverse", "forward"] = "reverse", remat: 
         (g_exp, g_imp), (value, aux, inner) = differentiate(unrolled, argnums=(0, 1), has_aux=True)(
             outer_params, outer_params
         )
+        # Forward mode returns the objective's dtype, which may be wider than that of outer_params.
+        g_exp, g_imp = (jax.tree.map(lambda g, w: g.astype(w.dtype), g, outer_params) for g in (g_exp, g_imp))
         g_exp, g_imp = mean_over_devices(problem, (g_exp, g_imp))
         metrics = aux | {"adjoint_finite": jnp.array(True)}
         return inner, Hypergradient(tree_add_scaled(g_exp, 1.0, g_imp), g_exp, g_imp, value, state, metrics)

@@ -125,4 +125,7 @@ def _check_features(phi: Any, inputs: Inputs) -> None:
             f"n = {' or '.join(map(str, sorted(sizes)))} rows, got {got}; flatten each sample's features to one row."
         )
     if not jnp.issubdtype(phi.dtype, jnp.floating):
-        raise TypeError(f"linear_adjoint: features must be floating-point, got dtype {phi.dtype}.")
+        raise TypeError(
+            f"linear_adjoint: features must be floating-point, got dtype {phi.dtype}; convert them, for example with "
+            "phi.astype(jnp.float32)."
+        )

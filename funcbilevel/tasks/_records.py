@@ -1,0 +1,147 @@
+"""What every task and benchmark shares: its options, its run directory, and records of results in one schema."""
+
+import json
+import math
+import os
+import platform
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, ClassVar, TypeAlias, TypedDict
+
+import jax
+
+import funcbilevel as fb
+
+Track: TypeAlias = Callable[[str, int], Callable[[Any, Mapping[str, Any]], None]]
+"""`(label, number of outer steps) -> callback` for `fb.train`: shows one solve's progress."""
+
+
+class Record(TypedDict):
+    """One finished run, as it stands on one line of a JSON Lines file.
+
+    Attributes:
+        task, method: names, the same everywhere.
+        seed: the seed of its random numbers.
+        settings: what it takes to run it again.
+        metrics: final scalars; None for one that is not finite.
+        seconds: wall-clock time, compilation included.
+        versions: of Python and of the packages that decide the numbers.
+        machine: kind of machine and of device, without names or paths.
+    """
+
+    task: str
+    method: str
+    seed: int
+    settings: dict[str, Any]
+    metrics: dict[str, float | None]
+    seconds: float
+    versions: dict[str, str]
+    machine: dict[str, str | int]
+
+
+def record(
+    task: str, method: str, seed: int, settings: Mapping[str, Any], metrics: Mapping[str, Any], seconds: float
+) -> Record:
+    """A `Record` of this process on this machine; metrics are scalars of any kind."""
+    values = {name: float(value) for name, value in metrics.items()}
+    return Record(
+        task=task,
+        method=method,
+        seed=seed,
+        settings=dict(settings),
+        metrics={name: value if math.isfinite(value) else None for name, value in values.items()},
+        seconds=round(seconds, 3),
+        versions=versions(),
+        machine=machine(),
+    )
+
+
+def append(path: Path, result: Record) -> None:
+    """Adds one line to a JSON Lines file."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(result, allow_nan=False) + "\n")
+
+
+def read(path: Path) -> Iterator[Record]:
+    """The records of a JSON Lines file.
+
+    Raises:
+        ValueError: a line is not a record; the message names the file, the line and the keys.
+    """
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        result: Record = json.loads(line)
+        if set(result) != set(Record.__annotations__):
+            raise ValueError(
+                f"{path}, line {number}: a record has the keys {', '.join(Record.__annotations__)}, "
+                f"got {', '.join(result)}."
+            )
+        yield result
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options that every task has; a task adds its own and `run`."""
+
+    task: ClassVar[str]
+    seed: int = 0
+    """Seed of all random numbers."""
+    output_dir: Path | None = None
+    """Where the results go, a new or an empty directory. By default runs/<task>-<time>."""
+    progress: bool = True
+    """Progress bars; where the output is not a terminal, one plain line per finished solve."""
+
+    def check(self) -> None:
+        """Raises a ValueError that names an option out of range."""
+
+    def run(self, directory: Path, track: Track) -> Any:
+        """Writes the results into `directory`; returns what a terminal shows of them."""
+        raise NotImplementedError
+
+    def settings(self) -> dict[str, Any]:
+        """The options that decide the numbers."""
+        return {name: value for name, value in asdict(self).items() if name not in ("output_dir", "progress")}
+
+
+def run_directory(options: Options) -> Path:
+    """Makes the directory of a new run and writes its config.json.
+
+    Raises:
+        FileExistsError: the directory holds something already.
+    """
+    directory = options.output_dir or Path("runs") / f"{options.task}-{datetime.now():%Y%m%d-%H%M%S}"
+    directory.mkdir(parents=True, exist_ok=True)
+    if any(directory.iterdir()):
+        raise FileExistsError(f"{directory} is not empty; pass another --output-dir.")
+    config = {"task": options.task} | options.settings()
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return directory
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide the numbers."""
+    packages = {name: version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")}
+    return {"python": platform.python_version(), "funcbilevel": fb.__version__} | packages
+
+
+@cache
+def machine() -> dict[str, str | int]:
+    """The kind of machine: system, processor, and the device that JAX computes on."""
+    return {
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_model(),
+        "cpu_count": os.cpu_count() or 0,
+        "device": jax.devices()[0].device_kind,
+    }
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
