@@ -11,7 +11,8 @@ from funcbilevel._typing import Metrics, PyTree
 
 def tree_vdot(a: PyTree, b: PyTree) -> jax.Array:
     """<a, b>, summed over all leaves."""
-    return jax.tree.reduce(operator.add, jax.tree.map(jnp.vdot, a, b))
+    # Not `vdot`, whose contraction JAX refuses over an axis that is sharded explicitly.
+    return jax.tree.reduce(operator.add, jax.tree.map(lambda x, y: jnp.sum(x * y), a, b))
 
 
 def tree_norm(tree: PyTree) -> jax.Array:

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from funcbilevel._check import check_at_least, check_callable, check_number
 from funcbilevel._estimator import Adjoint, AdjointSystem, no_state
@@ -69,7 +70,7 @@ def linear_adjoint(
 
         # Coordinates Z with W = U D Z, where Phi_P' Phi_P = U diag(lam) U' and D is diagonal: the system matrix
         # D (U' Phi_P' C Phi_P U + ridge) D is the identity if C is a multiple of it.
-        lam, U = jnp.linalg.eigh(mean(phi_P.T @ phi_P))
+        lam, U = jnp.linalg.eigh(mean(_moments(phi_P, phi_P)))
         phi_P, phi_Q = phi_P @ U, phi_Q @ U
         scale = mean(_mean_curvature(C, v_P))
         D = jax.tree.map(lambda c: _inverse_sqrt(jnp.multiply.outer(lam, c) + ridge), scale)
@@ -78,7 +79,7 @@ def linear_adjoint(
             return jax.tree.map(lambda D, Z: jnp.tensordot(phi, D * Z, 1), D, Z)
 
         def moments(phi: jax.Array, t: Prediction) -> PyTree:  # D U' phi' t
-            return mean(jax.tree.map(lambda D, t: D * jnp.tensordot(phi.T, t, 1), D, t))
+            return mean(jax.tree.map(lambda D, t: D * _moments(phi, t), D, t))
 
         def matvec(Z: PyTree) -> PyTree:
             return jax.tree.map(lambda D, Z, m: m + ridge * D * D * Z, D, Z, moments(phi_P, C(values(phi_P, Z))))
@@ -88,6 +89,13 @@ def linear_adjoint(
         return values(phi_P, Z), state, linear_metrics(matvec, rhs, Z)
 
     return Adjoint(no_state, fit)
+
+
+def _moments(phi: jax.Array, t: jax.Array) -> jax.Array:
+    """phi' t, [p, ...], on every device: over samples that are sharded explicitly, JAX wants to be told so."""
+    mesh = jax.typeof(phi).sharding.mesh
+    replicated: dict[str, Any] = {"out_sharding": NamedSharding(mesh, PartitionSpec())} if mesh.explicit_axes else {}
+    return jnp.tensordot(phi, t, (0, 0), **replicated)
 
 
 def _mean_curvature(C: LinearMap, v_P: Prediction) -> PyTree:

@@ -1,0 +1,876 @@
+"""What a user can get wrong: refused while tracing, in words that help; and NaN at run time, which must not spread."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import lineax
+import numpy as np
+import optax
+import pytest
+from flax import linen, nnx
+
+import funcbilevel as fb
+
+N = 6
+X, Y = jnp.ones((N, 3)), jnp.ones(N)
+BATCH = (X, Y)
+KEY = jax.random.key(0)
+SGD = optax.sgd(0.1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation() -> Iterator[None]:
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def inner_objective(omega: Any, v: Any, batch: Any) -> Any:
+    return jnp.mean((v - omega * batch[1]) ** 2)
+
+
+def outer_objective(omega: Any, v: Any, batch: Any) -> Any:
+    return jnp.mean((v - batch[1]) ** 2)
+
+
+def problem(inner: Any = inner_objective, outer: Any = outer_objective, **kwargs: Any) -> fb.FunctionalProblem:
+    return fb.FunctionalProblem(inner, outer, **kwargs)
+
+
+def parametric(
+    inner: Any = lambda omega, theta, batch: jnp.sum((theta - omega) ** 2),
+    outer: Any = lambda omega, theta, batch: jnp.sum(theta**2),
+    **kwargs: Any,
+) -> fb.ParametricProblem:
+    return fb.ParametricProblem(inner, outer, **kwargs)
+
+
+def model(apply: Any = lambda theta, x: jnp.dot(x, theta)) -> fb.Model:
+    return fb.from_function(lambda key, x: jnp.zeros(3), apply)
+
+
+def linear(features: Any) -> fb.Estimator:
+    return fb.funcid(fb.linear_adjoint(features))
+
+
+def learned(apply: Any = None, **kwargs: Any) -> fb.Estimator:
+    return fb.funcid(fb.learned_adjoint(SGD, 2, model=None if apply is None else model(apply), **kwargs))
+
+
+POINTWISE = fb.funcid(fb.pointwise_adjoint())
+
+# The three ways in. Everything happens under `jax.eval_shape`: no number is ever computed.
+
+VALID: dict[str, Any] = {
+    "problem": problem(),
+    "model": model(),
+    "estimator": POINTWISE,
+    "outer_params": 1.0,
+    "inner_params": jnp.zeros(3),
+    "inner_batch": BATCH,
+    "outer_batch": BATCH,
+    "key": KEY,
+}
+PARAMETRIC = {"problem": parametric(), "model": None, "estimator": fb.alternating()}
+
+
+def hypergradient(changes: dict[str, Any]) -> Any:
+    return jax.eval_shape(lambda: fb.hypergradient(**VALID | changes))
+
+
+def bilevel(problem: Any, model: Any, estimator: Any, **kwargs: Any) -> fb.BilevelSolver:
+    return fb.bilevel(problem, model, estimator, **{"inner_optimizer": SGD, "outer_optimizer": SGD, **kwargs})
+
+
+def init(changes: dict[str, Any]) -> Any:
+    a = VALID | changes
+    solver = bilevel(a["problem"], a["model"], a["estimator"])
+    return jax.eval_shape(lambda: solver.init(a["key"], a["outer_params"], a["inner_batch"], a["inner_params"]))
+
+
+def step(changes: dict[str, Any]) -> Any:
+    """On a state put together by hand, so that nothing is refused before."""
+    a = VALID | changes
+    solver = bilevel(a["problem"], a["model"], a["estimator"])
+
+    def trace() -> Any:
+        omega = jax.tree.map(jnp.asarray, a["outer_params"])
+        fit = fb.FitState(a["inner_params"], SGD.init(a["inner_params"]), ())
+        warm_start = a["estimator"].init(KEY, a["problem"], a["model"], fit, a["inner_batch"])
+        state = fb.BilevelState(
+            jnp.zeros((), jnp.int32), omega, fit.params, (), fit.opt_state, SGD.init(omega), warm_start, KEY
+        )
+        return solver.step(state, a["inner_batch"], a["outer_batch"])
+
+    return jax.eval_shape(trace)
+
+
+ENTRIES = {"hypergradient": hypergradient, "init": init, "step": step}
+ALL, WITH_OUTER, STARTS = ("hypergradient", "init", "step"), ("hypergradient", "step"), ("hypergradient", "init")
+
+
+def test_what_the_cases_depart_from_is_valid() -> None:
+    for changes in ({}, PARAMETRIC, {"estimator": learned()}, {"estimator": linear(lambda theta, x: x)}):
+        for entry in ENTRIES.values():
+            entry(changes)
+
+
+class Case(NamedTuple):
+    """A misuse, and patterns for the parts of the message: the argument, what it got, what it wanted, what to do."""
+
+    changes: dict[str, Any]
+    error: type[Exception]
+    argument: str
+    got: str
+    expected: str
+    mend: str
+    entries: tuple[str, ...] = ALL
+
+
+def not_scalar(level: str, entries: tuple[str, ...]) -> Case:
+    changes = {"problem": problem(**{level: lambda omega, v, batch: (v - omega * batch[1]) ** 2})}
+    return Case(changes, ValueError, f"{level}_objective", r"got shape \(6,\)", "a scalar", "jnp.mean", entries)
+
+
+def not_float(level: str, dtype: str, value: Any, entries: tuple[str, ...]) -> Case:
+    changes = {"problem": problem(**{level: value})}
+    mend = "compute it from floating-point values"
+    return Case(changes, TypeError, f"{level}_objective", f"got dtype {dtype}", "a floating-point", mend, entries)
+
+
+def not_a_value(value: Any, got: str, mend: str) -> Case:
+    changes = {"problem": problem(lambda omega, v, batch: value)}
+    return Case(changes, TypeError, "inner_objective", got, "must return a scalar", mend)
+
+
+def leading_axis(apply: Any, shape: str) -> Case:
+    expected = r"the leading axis of the inputs of inner_batch \(6\)"
+    return Case({"model": model(apply)}, ValueError, "prediction", f"has shape {shape}", expected, "one row per sample")
+
+
+def unlike_adjoint(apply: Any, error: type[Exception], got: str, expected: str) -> Case:
+    changes = {"estimator": learned(apply)}
+    return Case(
+        changes, error, "learned_adjoint: .*model's output", got, expected, "give learned_adjoint a model", WITH_OUTER
+    )
+
+
+def bad_features(features: Any, got: str) -> Case:
+    changes = {"estimator": linear(features)}
+    return Case(changes, ValueError, "features", got, r"shape \[n, p\] with n = 6", "one row", WITH_OUTER)
+
+
+def not_floats(value: Any, name: str, got: str) -> Case:
+    return Case({"outer_params": value}, TypeError, name, f"got {got}", "float", "jnp.asarray|array of floats", STARTS)
+
+
+def empty(name: str, value: Any, entries: tuple[str, ...] = STARTS) -> Case:
+    return Case({name: value}, ValueError, name, "empty pytree", "at least one array", "it must hold", entries)
+
+
+def ignores_inner(inner: Any) -> Case:
+    return Case({"problem": problem(inner)}, ValueError, "inner_objective", *IGNORED)
+
+
+IGNORED = ("does not depend on the prediction", "nothing to fit", "use the second argument, without .*stop_gradient")
+
+
+def ignores_both(outer: Any) -> Case:
+    got = "depends on neither the prediction nor outer_params"
+    changes = {"problem": problem(outer=outer)}
+    return Case(
+        changes, ValueError, "outer_objective", got, "identically zero", "use the first or the second", WITH_OUTER
+    )
+
+
+def without_v(omega: Any, v: Any, batch: Any) -> Any:
+    return jnp.mean((omega * batch[1]) ** 2)
+
+
+def stopped_v(omega: Any, v: Any, batch: Any) -> Any:
+    return inner_objective(omega, jax.lax.stop_gradient(v), batch)
+
+
+def scanned_without_v(omega: Any, v: Any, batch: Any) -> Any:
+    return jax.lax.scan(lambda total, y: (total + omega * y, None), 0.0 * jnp.sum(batch[1]), batch[1])[0]
+
+
+def constant(omega: Any, v: Any, batch: Any) -> Any:
+    return jnp.mean(batch[1])
+
+
+def stopped(omega: Any, v: Any, batch: Any) -> Any:
+    return jax.lax.stop_gradient(inner_objective(omega, v, batch))
+
+
+HALF = jnp.float16
+
+CASES: dict[str, Case] = {
+    "inner objective not scalar": not_scalar("inner", ALL),
+    "outer objective not scalar": not_scalar("outer", WITH_OUTER),
+    "inner objective an integer": not_float("inner", "int32", lambda omega, v, batch: jnp.sum(v > omega), ALL),
+    "inner objective a bool": not_float("inner", "bool", lambda omega, v, batch: jnp.all(v > omega), ALL),
+    "inner objective complex": not_float("inner", "complex64", lambda omega, v, batch: jnp.sum(v) * 1j, ALL),
+    "outer objective an integer": not_float("outer", "int32", lambda omega, v, batch: jnp.sum(v > 0), WITH_OUTER),
+    "inner objective None": not_a_value(None, "got NoneType", "Return the value itself"),
+    "inner objective a list": not_a_value([1.0], "got list", "Return the value itself"),
+    "inner objective a string": not_a_value("loss", "got str", ""),
+    "inner objective with aux unasked for": not_a_value((1.0, {}), "got tuple", "set has_aux=True"),
+    "has_aux without aux": Case(
+        {"problem": problem(has_aux=True)},
+        TypeError,
+        "inner_objective",
+        r"got an array of shape \(\)",
+        r"must return \(scalar, aux\)",
+        "set has_aux=False",
+    ),
+    "has_aux with a triple": Case(
+        {"problem": problem(lambda omega, v, batch: (jnp.mean(v), {}, 1), has_aux=True)},
+        TypeError,
+        "inner_objective",
+        "got tuple",
+        r"must return \(scalar, aux\)",
+        "return a pair",
+    ),
+    "has_aux for one objective only": Case(
+        {"problem": problem(lambda *args: (inner_objective(*args), {}), has_aux=True)},
+        TypeError,
+        "outer_objective",
+        "got an array",
+        r"must return \(scalar, aux\)",
+        "return a pair",
+        WITH_OUTER,
+    ),
+    "aux that holds a string": Case(
+        {"problem": problem(lambda *args: (inner_objective(*args), {"name": "mine"}), has_aux=True)},
+        TypeError,
+        "inner_objective: aux",
+        "got str at 'name'",
+        "numbers or arrays",
+        "drop it",
+    ),
+    "prediction without leading axis": leading_axis(lambda theta, x: jnp.sum(x * theta[None]), r"\(\)"),
+    "prediction a Python number": leading_axis(lambda theta, x: 1.0, r"\(\)"),
+    "prediction with too few rows": leading_axis(lambda theta, x: jnp.dot(x, theta)[:2], r"\(2,\)"),
+    "prediction transposed": leading_axis(lambda theta, x: (x * theta[None]).T, r"\(3, 6\)"),
+    "prediction of integers": Case(
+        {"model": model(lambda theta, x: jnp.argmax(x * theta[None], 1))},
+        TypeError,
+        "prediction",
+        "got dtype int32",
+        "must be floating-point",
+        "before rounding, argmax",
+    ),
+    "prediction empty": Case(
+        {"model": model(lambda theta, x: ())},
+        ValueError,
+        "prediction",
+        "is an empty pytree",
+        "at least one array",
+        "the model must return",
+    ),
+    "prediction on the outer batch": Case(
+        {"outer_batch": (jnp.ones((4, 3)), Y), "model": model(lambda theta, x: jnp.ones(N) * theta[0])},
+        ValueError,
+        "prediction",
+        r"has shape \(6,\)",
+        r"of the inputs of outer_batch \(4\)",
+        "one row per sample",
+        WITH_OUTER,
+    ),
+    "adjoint of another structure": unlike_adjoint(
+        lambda theta, x: (jnp.dot(x, theta),), ValueError, r"PyTreeDef\(\(\*,\)\)", r"expected PyTreeDef\(\*\)"
+    ),
+    "adjoint of another shape": unlike_adjoint(
+        lambda theta, x: jnp.dot(x, theta)[:, None], ValueError, r"shape \(6, 1\)", r"expected \(6,\)"
+    ),
+    "adjoint of another dtype": unlike_adjoint(
+        lambda theta, x: jnp.dot(x, theta).astype(HALF), TypeError, "dtype float16", "expected float32"
+    ),
+    "features of rank 1": bad_features(lambda theta, x: x[:, 0], r"got shape \(6,\)"),
+    "features of rank 3": bad_features(lambda theta, x: x[:, :, None], r"got shape \(6, 3, 1\)"),
+    "features with too few rows": bad_features(lambda theta, x: x[:2], r"got shape \(2, 3\)"),
+    "features in a tuple": bad_features(lambda theta, x: (x,), "got tuple"),
+    "features of integers": Case(
+        {"estimator": linear(lambda theta, x: x.astype(jnp.int32))},
+        TypeError,
+        "features",
+        "got dtype int32",
+        "must be floating-point",
+        "convert them",
+        WITH_OUTER,
+    ),
+    "outer_params an integer": not_floats(1, "outer_params", "dtype int32"),
+    "outer_params with an integer leaf": not_floats(
+        {"w": 1.0, "n": jnp.arange(3)}, r"outer_params\['n'\]", "dtype int32"
+    ),
+    "outer_params a bool": not_floats(True, "outer_params", "dtype bool"),
+    "outer_params complex": not_floats(1j, "outer_params", "dtype complex64"),
+    "outer_params a string": not_floats("1.0", "outer_params", "str"),
+    "outer_params an empty dict": empty("outer_params", {}),
+    "outer_params None": empty("outer_params", None),
+    "inner_params empty": empty("inner_params", []),
+    "inner_params of an integer": Case(
+        {"inner_params": jnp.arange(3)}, TypeError, "inner_params", "got dtype int32", "float", "jnp.asarray", STARTS
+    ),
+    "inputs empty": Case(
+        {"inner_batch": ((), Y)}, ValueError, "inputs of inner_batch", "are an empty pytree", "needs an array", ""
+    ),
+    "batch that inputs does not fit": Case(
+        {"inner_batch": {"x": X, "y": Y}},
+        KeyError,
+        "problem.inputs failed on inner_batch",
+        r"tree structure PyTreeDef\({'x': \*, 'y': \*}\)",
+        "what the model is called on",
+        r"FunctionalProblem\(..., inputs=",
+    ),
+    "inner_batch None": Case(
+        {"inner_batch": None},
+        TypeError,
+        "problem.inputs failed on inner_batch",
+        r"PyTreeDef\(None\)",
+        "what the model is called on",
+        "inputs=",
+    ),
+    "inner objective without the prediction": ignores_inner(without_v),
+    "inner objective with the prediction stopped": ignores_inner(stopped_v),
+    "inner objective without the prediction, jitted": ignores_inner(jax.jit(without_v)),
+    "inner objective with the prediction stopped, jitted": ignores_inner(jax.jit(stopped_v)),
+    "inner objective without the prediction, scanned": ignores_inner(scanned_without_v),
+    "inner objective of rounded predictions": ignores_inner(lambda omega, v, batch: jnp.mean(omega * jnp.round(v))),
+    "inner objective a constant": ignores_inner(lambda omega, v, batch: 1.0),
+    "parametric inner objective without inner_params": Case(
+        PARAMETRIC | {"problem": parametric(lambda omega, theta, batch: omega**2)},
+        ValueError,
+        "inner_objective",
+        "does not depend on inner_params",
+        "nothing to fit",
+        "use the second argument",
+    ),
+    "outer objective of neither": ignores_both(constant),
+    "outer objective of neither, jitted": ignores_both(jax.jit(constant)),
+    "outer objective stopped": ignores_both(stopped),
+    "outer objective stopped, jitted": ignores_both(jax.jit(stopped)),
+    "parametric outer objective of neither": Case(
+        PARAMETRIC | {"problem": parametric(outer=constant)},
+        ValueError,
+        "outer_objective",
+        "depends on neither inner_params nor outer_params",
+        "identically zero",
+        "use the first or the second",
+        WITH_OUTER,
+    ),
+    "model None with a functional problem": Case(
+        {"model": None}, ValueError, "model", "got None", "an fb.Model", "fb.from_function, fb.from_linen"
+    ),
+    "model with a parametric problem": Case(
+        PARAMETRIC | {"model": model()}, ValueError, "model", "got Model", "must be None", "use an fb.FunctionalProblem"
+    ),
+    "model a bare Flax module": Case(
+        {"model": linen.Dense(1)}, TypeError, "model", "got Dense", "an fb.Model", "wrap it with fb.from_linen"
+    ),
+    "funcid with a parametric problem": Case(
+        PARAMETRIC | {"estimator": POINTWISE},
+        TypeError,
+        "fb.funcid",
+        "got a ParametricProblem",
+        "needs an fb.FunctionalProblem",
+        "use fb.aid, fb.itd",
+    ),
+    "estimator not called": Case(
+        {"estimator": fb.aid}, TypeError, "estimator", "got <function aid", "an fb.Estimator", r"fb.aid\(...\)"
+    ),
+    "estimator by name": Case({"estimator": "itd"}, TypeError, "estimator", "'itd'", "fb.Estimator", r"fb.itd\(...\)"),
+    "problem a bare objective": Case(
+        {"problem": inner_objective}, TypeError, "problem", "got function", "must be an fb.FunctionalProblem", ""
+    ),
+    "itd without inner_optimizer": Case(
+        {"estimator": fb.itd(2)},
+        ValueError,
+        "inner_optimizer",
+        "is None",
+        "fb.itd differentiates through its steps",
+        "inner_optimizer=optax.sgd",
+        ("hypergradient",),
+    ),
+    "inner_optimizer not called": Case(
+        {"inner_optimizer": optax.adam},
+        TypeError,
+        "inner_optimizer",
+        "got <function adam",
+        "an optax.GradientTransformation",
+        r"optax.adam\(1e-3\)",
+        ("hypergradient",),
+    ),
+    "learned adjoint without key": Case(
+        {"estimator": learned(), "key": None},
+        ValueError,
+        "learned_adjoint: key",
+        "is None",
+        "has to be initialised",
+        "jax.random.key",
+        ("hypergradient",),
+    ),
+    "learned adjoint without key and without warm start": Case(
+        {"estimator": learned(warm_start=False), "key": None, "state": ()},
+        ValueError,
+        "learned_adjoint: key",
+        "is None",
+        "has to be initialised",
+        "jax.random.key",
+        ("hypergradient",),
+    ),
+    "pointwise adjoint with fewer outer inputs": Case(
+        {"outer_batch": (X[:4], Y[:4])},
+        ValueError,
+        "pointwise_adjoint: inputs of outer_batch",
+        r"shape \(4, 3\)",
+        r"expected \(6, 3\)",
+        "use fb.linear_adjoint",
+        WITH_OUTER,
+    ),
+    "pointwise adjoint with outer inputs of another structure": Case(
+        {
+            "outer_batch": ({"x": X}, Y),
+            "model": model(lambda theta, x: jnp.dot(jax.tree.leaves(x)[0], theta)),
+        },
+        ValueError,
+        "pointwise_adjoint: inputs of outer_batch",
+        r"PyTreeDef\({'x': \*}\)",
+        r"expected PyTreeDef\(\*\)",
+        "use fb.linear_adjoint",
+        WITH_OUTER,
+    ),
+    "inner_params None with a parametric problem": Case(
+        PARAMETRIC | {"inner_params": None},
+        ValueError,
+        "inner_params",
+        "is None",
+        "no model to draw them from",
+        "pass inner_params=",
+        ("init",),
+    ),
+    "inner_params None in a hypergradient": empty("inner_params", None, ("hypergradient",)),
+}
+
+
+def refuse(misuse: Callable[[], Any], error: type[Exception], *patterns: str) -> None:
+    with pytest.raises(error) as caught:
+        misuse()
+    assert type(caught.value) is error
+    for pattern in patterns:
+        caught.match(pattern)
+
+
+@pytest.mark.parametrize(("name", "entry"), [(name, entry) for name, case in CASES.items() for entry in case.entries])
+def test_bad_input_is_refused_while_tracing(name: str, entry: str) -> None:
+    changes, error, argument, got, expected, mend, _ = CASES[name]
+    refuse(lambda: ENTRIES[entry](changes), error, argument, got, expected, mend)
+
+
+# Numbers.
+
+WHOLE = [(0, ValueError), (-1, ValueError)] + [(v, TypeError) for v in (2.5, 2.0, True, "3", None, np.nan, jnp.ones(2))]
+AT_LEAST_ZERO = [(v, ValueError) for v in (-1.0, -1, np.nan, np.inf)] + [
+    (v, TypeError) for v in ("1", None, True, jnp.ones(2), [1.0])
+]
+POSITIVE = [*AT_LEAST_ZERO, (0.0, ValueError)]
+
+
+def features(theta: Any, x: Any) -> Any:
+    return x
+
+
+NUMBERS: dict[tuple[str, str], tuple[Callable[[Any], Any], list[tuple[Any, type[Exception]]]]] = {
+    ("bilevel", "inner_steps"): (lambda v: bilevel(problem(), model(), POINTWISE, inner_steps=v), WHOLE),
+    ("itd", "num_steps"): (fb.itd, WHOLE),
+    ("learned_adjoint", "num_steps"): (lambda v: fb.learned_adjoint(SGD, v), WHOLE),
+    ("linear_adjoint", "ridge"): (lambda v: fb.linear_adjoint(features, v), AT_LEAST_ZERO),
+    ("linear_adjoint", "num_steps"): (lambda v: fb.linear_adjoint(features, num_steps=v), WHOLE),
+    ("cg", "num_steps"): (fb.cg, WHOLE),
+    ("cg", "damping"): (lambda v: fb.cg(2, damping=v), AT_LEAST_ZERO),
+    ("cg", "rtol"): (lambda v: fb.cg(2, rtol=v), AT_LEAST_ZERO),
+    ("normal_cg", "num_steps"): (fb.normal_cg, WHOLE),
+    ("normal_cg", "damping"): (lambda v: fb.normal_cg(2, damping=v), AT_LEAST_ZERO),
+    ("gmres", "num_steps"): (fb.gmres, WHOLE),
+    ("gmres", "damping"): (lambda v: fb.gmres(2, damping=v), AT_LEAST_ZERO),
+    ("neumann", "num_steps"): (lambda v: fb.neumann(v, 0.1), WHOLE),
+    ("neumann", "step_size"): (lambda v: fb.neumann(2, v), POSITIVE),
+    ("neumann", "damping"): (lambda v: fb.neumann(2, 0.1, damping=v), AT_LEAST_ZERO),
+    ("gradient_descent", "num_steps"): (lambda v: fb.gradient_descent(v, 0.1), WHOLE),
+    ("gradient_descent", "step_size"): (lambda v: fb.gradient_descent(2, v), POSITIVE),
+    ("gradient_descent", "damping"): (lambda v: fb.gradient_descent(2, 0.1, damping=v), AT_LEAST_ZERO),
+    ("from_lineax", "damping"): (lambda v: fb.from_lineax(lineax.CG(1e-5, 1e-5), damping=v), AT_LEAST_ZERO),
+    ("train", "num_outer_steps"): (lambda v: train(num_outer_steps=v), WHOLE),
+    ("train", "chunk"): (lambda v: train(chunk=v), WHOLE),
+}
+
+
+@pytest.mark.parametrize(("function", "argument"), NUMBERS)
+def test_numbers_out_of_range_are_refused(function: str, argument: str) -> None:
+    call, wrong = NUMBERS[function, argument]
+    expected = "at least 1|a Python int" if wrong is WHOLE else "> 0" if wrong is POSITIVE else ">= 0"
+    for value, error in wrong:
+        with pytest.raises(error, match=expected) as caught:
+            call(value)
+        message = str(caught.value)
+        assert message.startswith(f"{function}: {argument} must be")
+        assert f"got {value!r}" in message
+    call(1 if wrong is WHOLE else 0.5)
+
+
+# Calls.
+
+
+def train(data: Any = lambda key, step: (BATCH, BATCH), num_outer_steps: Any = 2, **kwargs: Any) -> Any:
+    solver = bilevel(problem(), model(), fb.alternating())
+    return fb.train(solver, solver.init(KEY, 1.0, BATCH), data, num_outer_steps, progress=False, **kwargs)
+
+
+def run(inner_batches: Any, outer_batches: Any) -> Any:
+    solver = bilevel(problem(), model(), POINTWISE)
+    state = jax.eval_shape(lambda: solver.init(KEY, 1.0, BATCH))
+    return jax.eval_shape(solver.run, state, inner_batches, outer_batches)
+
+
+def stacked(num_steps: int) -> Any:
+    return jax.tree.map(lambda x: jnp.stack([x] * num_steps), BATCH)
+
+
+def with_optimizer(name: str, optimizer: Any) -> Any:
+    return bilevel(problem(), model(), POINTWISE, **{name: optimizer})
+
+
+NNX_OPTIMIZER = nnx.Optimizer(nnx.Linear(3, 1, rngs=nnx.Rngs(0)), SGD, wrt=nnx.Param)
+TRANSFORM = "an optax.GradientTransformation"
+CALL_IT = r"optax.adam\(1e-3\)"
+LINEAR_SOLVERS = "one of fb.cg, fb.normal_cg, fb.gmres"
+
+CALLS: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = {
+    "inner_optimizer a factory": (
+        lambda: with_optimizer("inner_optimizer", optax.adam),
+        TypeError,
+        ("bilevel: inner_optimizer", "got <function adam", TRANSFORM, CALL_IT),
+    ),
+    "outer_optimizer a factory": (
+        lambda: with_optimizer("outer_optimizer", optax.adam),
+        TypeError,
+        ("bilevel: outer_optimizer", "got <function adam", TRANSFORM, CALL_IT),
+    ),
+    "outer_optimizer None": (
+        lambda: with_optimizer("outer_optimizer", None),
+        TypeError,
+        ("bilevel: outer_optimizer", "got None", TRANSFORM, CALL_IT),
+    ),
+    "inner_optimizer a learning rate": (
+        lambda: with_optimizer("inner_optimizer", 0.1),
+        TypeError,
+        ("bilevel: inner_optimizer", "got 0.1", TRANSFORM, CALL_IT),
+    ),
+    "inner_optimizer of NNX": (
+        lambda: with_optimizer("inner_optimizer", NNX_OPTIMIZER),
+        TypeError,
+        ("bilevel: inner_optimizer", "got an object of type Optimizer", TRANSFORM, CALL_IT),
+    ),
+    "adjoint's optimizer a factory": (
+        lambda: fb.learned_adjoint(optax.sgd, 2),
+        TypeError,
+        ("learned_adjoint: optimizer", "got <function sgd", TRANSFORM, CALL_IT),
+    ),
+    "adjoint's model a module": (
+        lambda: fb.learned_adjoint(SGD, 2, model=linen.Dense(1)),
+        TypeError,
+        ("learned_adjoint: model", "got Dense", "an fb.Model or None", "wrap it with fb.from_linen"),
+    ),
+    "features not callable": (
+        lambda: fb.linear_adjoint(X),
+        TypeError,
+        ("linear_adjoint: features", "got ArrayImpl", "must be callable"),
+    ),
+    "adjoint not called": (
+        lambda: fb.funcid(fb.pointwise_adjoint),
+        TypeError,
+        ("funcid: adjoint", "got <function pointwise_adjoint", "an fb.Adjoint", r"fb.pointwise_adjoint\(\)"),
+    ),
+    "linear solver not called": (
+        lambda: fb.aid(fb.cg),
+        TypeError,
+        ("aid: linear_solver", "got <function cg", LINEAR_SOLVERS, "called with their arguments"),
+    ),
+    "linear solver by name": (lambda: fb.aid("cg"), TypeError, ("aid: linear_solver", "got 'cg'", LINEAR_SOLVERS)),
+    "linear solver of JAX": (
+        lambda: fb.aid(jax.scipy.sparse.linalg.cg),
+        TypeError,
+        ("aid: linear_solver", "got <function cg", LINEAR_SOLVERS),
+    ),
+    "linear solver an optimizer": (lambda: fb.aid(SGD), TypeError, ("aid: linear_solver", LINEAR_SOLVERS)),
+    "from_lineax of ours": (
+        lambda: fb.from_lineax(fb.cg(2)),
+        TypeError,
+        ("from_lineax: solver", "got LinearSolver", "a lineax solver object"),
+    ),
+    "itd's mode": (
+        lambda: fb.itd(2, mode="backward"),
+        ValueError,
+        ("itd: mode", "got 'backward'", '"reverse" or "forward"'),
+    ),
+    "T > M": (
+        lambda: bilevel(problem(), model(), fb.itd(5), inner_steps=3),
+        ValueError,
+        ("num_steps=5", "inner_steps=3", "exceeds", "Raise inner_steps or lower num_steps"),
+    ),
+    "problem: objective not callable": (
+        lambda: problem("mse"),
+        TypeError,
+        ("FunctionalProblem: inner_objective", "got str", "must be callable"),
+    ),
+    "problem: inputs not callable": (
+        lambda: problem(inputs=0),
+        TypeError,
+        ("FunctionalProblem: inputs", "got int", "must be callable"),
+    ),
+    "parametrize: a parametric problem": (
+        lambda: fb.parametrize(parametric(), model()),
+        TypeError,
+        ("parametrize: problem", "got ParametricProblem", "a FunctionalProblem"),
+    ),
+    "parametrize: no model": (
+        lambda: fb.parametrize(problem(), None),
+        TypeError,
+        ("parametrize: model", "got NoneType", "an fb.Model", "fb.from_function"),
+    ),
+    "run: unequal numbers of steps": (
+        lambda: run(stacked(3), stacked(2)),
+        ValueError,
+        ("inner_batches and outer_batches", r"inner_batches\['1'\]\": 3, .*outer_batches\['0'\]\": 2", "same leading"),
+    ),
+    "run: unequal leaves within a batch": (
+        lambda: run((stacked(3)[0], stacked(2)[1]), stacked(3)),
+        ValueError,
+        ("inner_batches and outer_batches", r"inner_batches\['1'\]\": 2", "same leading axis"),
+    ),
+    "run: a scalar leaf": (
+        lambda: run((1.0,), stacked(2)),
+        ValueError,
+        (r"run: inner_batches\['0'\]", "is a scalar", "a leading axis of outer steps", "stack one batch per step"),
+    ),
+    "run: no batches": (
+        lambda: run((), {}),
+        ValueError,
+        ("run: inner_batches, outer_batches", "hold no arrays", "one batch per outer step", "stacked"),
+    ),
+    "train: data None": (
+        lambda: train(None),
+        TypeError,
+        ("train: data", "got NoneType", r"a function \(key, step\) -> .* or an iterable of such pairs"),
+    ),
+    "train: iterator of triples": (
+        lambda: train([(BATCH, BATCH, BATCH)] * 2),
+        TypeError,
+        ("train: data", "got tuple of 3", r"pairs \(inner_batch, outer_batch\)", "pack extras into them"),
+    ),
+    "train: iterator of numbers": (lambda: train([1, 2]), TypeError, ("train: data", "got int", "pairs")),
+    "train: sampler of a quadruple": (
+        lambda: train(lambda key, step: BATCH + BATCH),
+        TypeError,
+        ("train: data", "got tuple of 4", r"pairs \(inner_batch, outer_batch\)", "pack extras"),
+    ),
+    "train: sampler of nothing": (lambda: train(lambda key, step: None), TypeError, ("train: data", "got NoneType")),
+    "train: unequal batches": (
+        lambda: train([(BATCH, BATCH), ((X[:2], Y[:2]), BATCH)]),
+        ValueError,
+        ("all batches of data", r"\(2, 3\)", "the same structure and shapes", "drop or pad the last"),
+    ),
+    "train: callback": (
+        lambda: train(callback="print"),
+        TypeError,
+        ("train: callback", "got str", "must be callable"),
+    ),
+    "train: on_nonfinite": (
+        lambda: train(on_nonfinite="ignore"),
+        ValueError,
+        ("train: on_nonfinite", "got 'ignore'", '"raise" or "continue"'),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_bad_calls_are_refused(name: str) -> None:
+    misuse, error, patterns = CALLS[name]
+    refuse(misuse, error, *patterns)
+
+
+def test_objectives_are_not_refused_for_what_they_do_use() -> None:
+    """The checks look for a path of derivatives, not at values: zero by chance is fine, and so is a roundabout way."""
+
+    def roundabout(omega: Any, v: Any, batch: Any) -> Any:
+        total, _ = jax.lax.scan(lambda total, r: (total + r**2, None), 0.0 * v[0], v - omega)
+        return jax.lax.cond(batch[1][0] > 0, jnp.sqrt, jnp.square, total)
+
+    hypergradient({"problem": problem(lambda omega, v, batch: 0.0 * jnp.sum(v**2))})
+    hypergradient({"problem": problem(outer=lambda omega, v, batch: omega**2)})  # explicit only
+    hypergradient({"problem": problem(jax.jit(roundabout), jax.checkpoint(outer_objective))})
+
+
+# NaN and inf at run time. Each batch says what is to go wrong: `inner` and `outer` multiply the objectives.
+
+
+def faulty(inner: float = 1.0, outer: float = 1.0) -> tuple[Any, Any]:
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(N, 3)), rng.normal(size=N)
+    return jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), ((x, y, inner), (x, y, outer)))
+
+
+FAULTY = problem(
+    lambda omega, v, batch: batch[2] * jnp.mean((v - omega["w"] * batch[1]) ** 2),
+    lambda omega, v, batch: batch[2] * (jnp.mean((v - batch[1]) ** 2) + omega["b"] ** 2 + omega["w"] ** 2),
+)
+OMEGA = {"w": 0.5, "b": 1.0}
+HUGE = 1e38  # the outer derivative is finite; the adjoint's arithmetic overflows
+
+# estimator, and what in a batch breaks its adjoint but not the inner level (None: there is no adjoint to break)
+BREAKABLE: dict[str, tuple[fb.Estimator, dict[str, float] | None]] = {
+    "funcid-linear": (linear(features), {"outer": HUGE}),
+    "funcid-linear-ridge": (fb.funcid(fb.linear_adjoint(features, ridge=0.1)), {"outer": HUGE}),
+    "funcid-learned": (fb.funcid(fb.learned_adjoint(optax.sgd(0.1, momentum=0.9), 3)), {"outer": HUGE}),
+    "funcid-learned-cold": (
+        fb.funcid(fb.learned_adjoint(optax.sgd(0.1, momentum=0.9), 3, warm_start=False)),
+        {"outer": HUGE},
+    ),
+    "funcid-pointwise": (POINTWISE, {"inner": 0.0}),  # a singular curvature
+    "aid-cg": (fb.aid(fb.cg(3)), {"inner": 0.0}),  # a Hessian of zero
+    "aid-normal-cg": (fb.aid(fb.normal_cg(3)), {"outer": HUGE}),
+    "aid-gmres": (fb.aid(fb.gmres(3)), {"outer": HUGE}),
+    "aid-neumann": (fb.aid(fb.neumann(3, 0.1)), {"inner": 1e15}),  # a step size beyond the stable range
+    "aid-gradient-descent": (fb.aid(fb.gradient_descent(3, 0.1)), {"inner": 1e15}),
+    "aid-lineax": (fb.aid(lineax.CG(1e-6, 1e-6)), {"outer": HUGE}),
+    "aid-identity": (fb.aid(fb.identity()), None),
+    "itd": (fb.itd(2), None),
+    "itd-forward": (fb.itd(2, mode="forward"), None),
+    "alternating": (fb.alternating(), None),
+}
+LEVELS = ("inner", "adjoint", "outer")
+
+
+@pytest.mark.parametrize("name", BREAKABLE)
+def test_a_fault_in_the_middle_of_a_scan_does_not_spread(name: str) -> None:
+    estimator, breaks_adjoint = BREAKABLE[name]
+    faults: list[tuple[str | None, dict[str, float]]] = [
+        (None, {}),
+        ("inner", {"inner": np.nan}),
+        (None, {}),
+        ("inner", {"inner": np.inf}),
+        ("adjoint", breaks_adjoint) if breaks_adjoint else (None, {}),
+        (None, {}),
+        ("outer", {"outer": np.nan}),
+        ("outer", {"outer": np.inf}),
+        (None, {}),
+    ]
+    solver = bilevel(
+        FAULTY,
+        model(),
+        estimator,
+        # Clipped, so that a large inner objective does not break the inner level itself.
+        inner_optimizer=optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1)),
+        outer_optimizer=optax.adam(0.1),
+        inner_steps=3,
+    )
+    start = solver.init(KEY, OMEGA, faulty()[0])
+    batches = jax.tree.map(lambda *xs: jnp.stack(xs), *[faulty(**fault) for _, fault in faults])
+
+    @jax.jit
+    def run(state: fb.BilevelState, batches: Any) -> Any:
+        def keep(state: fb.BilevelState, batch: Any) -> Any:
+            state, metrics = solver.step(state, *batch)
+            return state, (state._replace(key=None), metrics)
+
+        return jax.lax.scan(keep, state, batches)[1]
+
+    states, metrics = jax.tree.map(np.asarray, run(start, batches))
+    before = start._replace(key=None)
+    for i, (level, _) in enumerate(faults):
+        after = jax.tree.map(lambda x, i=i: x[i], states)
+        flags = {name: bool(metrics[f"{name}_finite"][i]) for name in LEVELS}
+        upstream = LEVELS[: LEVELS.index(level)] if level else LEVELS
+        assert all(flags[name] for name in upstream), (i, level, flags)
+        assert after.step == i + 1
+        chex.assert_tree_all_finite(after)
+        kept = (before.outer_params, before.outer_opt_state, before.estimator_state)
+        now = (after.outer_params, after.outer_opt_state, after.estimator_state)
+        if level:
+            assert not flags[level], (i, level, flags)
+            chex.assert_trees_all_equal(now, kept)
+        else:
+            assert all(a != b for a, b in zip(*map(jax.tree.leaves, (now[0], kept[0])), strict=True)), i
+        moved = any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (after.inner_params, before.inner_params))))
+        assert moved == (level != "inner" and faults[i][1].get("inner") != 0.0)
+        before = after
+
+
+PERSISTENT: dict[str, tuple[fb.Estimator, dict[str, Any], str]] = {
+    "inner learning rate": (linear(features), {"inner_optimizer": optax.sgd(np.inf)}, "inner"),
+    "adjoint's learning rate": (fb.funcid(fb.learned_adjoint(optax.sgd(1e30), 3)), {}, "adjoint"),
+    "step size": (fb.aid(fb.neumann(200, 1e3)), {}, "adjoint"),
+    "outer learning rate": (linear(features), {"outer_optimizer": optax.sgd(np.inf)}, "outer"),
+    "outer gradient": (
+        linear(features),
+        {"outer_optimizer": optax.stateless(lambda g, p: jax.tree.map(jnp.log, p))},
+        "outer",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PERSISTENT)
+def test_a_lasting_fault_leaves_outer_params_where_they_were(name: str) -> None:
+    estimator, optimizers, level = PERSISTENT[name]
+    solver = bilevel(FAULTY, model(), estimator, **optimizers)
+    omega = {"w": 0.5, "b": -1.0}
+    start = solver.init(KEY, omega, faulty()[0])
+    batches = jax.tree.map(lambda x: jnp.stack([x] * 3), faulty())
+    end, metrics = jax.jit(solver.run)(start, *batches)
+    chex.assert_trees_all_equal(end.outer_params, start.outer_params)
+    for upstream in LEVELS[: LEVELS.index(level)]:
+        assert metrics[f"{upstream}_finite"].all()
+    assert not metrics[f"{level}_finite"].any()
+
+
+# fb.train tells the user.
+
+
+def faulty_at(step: int, **fault: float) -> Callable[[Any, jax.Array], Any]:
+    good, bad = faulty(), faulty(**fault)
+    return lambda key, i: jax.tree.map(lambda g, b: jnp.where(i == step, b, g), good, bad)
+
+
+TOLD: dict[str, tuple[dict[str, float], str]] = {
+    "inner": ({"inner": np.nan}, "inner learning rate"),
+    "adjoint": ({"outer": HUGE}, "ridge or damping"),
+    "outer": ({"outer": np.nan}, "outer learning rate"),
+}
+
+
+@pytest.mark.parametrize("level", TOLD)
+def test_train_names_the_step_and_the_level(level: str) -> None:
+    fault, hint = TOLD[level]
+    solver = bilevel(FAULTY, model(), linear(features))
+    start = solver.init(KEY, OMEGA, faulty()[0])
+    data = faulty_at(5, **fault)
+
+    with pytest.raises(fb.NonFiniteError, match=f"in the {level} level at outer step 5 .*{hint}") as caught:
+        fb.train(solver, start, data, 20, chunk=4, progress=False)
+    state, metrics = caught.value.state, caught.value.metrics
+    assert isinstance(caught.value, FloatingPointError)
+    assert state.step == 8  # the end of the chunk
+    assert not metrics[f"{level}_finite"][1]
+    assert all(isinstance(values, np.ndarray) and len(values) == 4 for values in metrics.values())
+    chex.assert_tree_all_finite(state.outer_params)
+    resumed, _ = fb.train(solver, state, data, 4, progress=False)  # and so the error's state can go on
+    assert resumed.step == 12
+
+    with pytest.warns(UserWarning, match=f"in the {level} level at outer step 5 "):
+        end, history = fb.train(solver, start, data, 12, chunk=4, progress=False, on_nonfinite="continue")
+    assert list(np.flatnonzero(~history[f"{level}_finite"])) == [5]
+    chex.assert_trees_all_close(end.outer_params, resumed.outer_params, rtol=1e-6)
