@@ -152,6 +152,10 @@ def measure_costs(
 
     Raises:
         ValueError: `repeats` < 1 or no calls.
+
+    Example:
+        >>> x = jnp.ones(8)
+        >>> table = fb.measure_costs({"sin": (jnp.sin, (x,)), "exp": (jnp.exp, (x,))}, repeats=2)
     """
     check_number("measure_costs", "repeats", repeats)
     if not calls:

@@ -67,6 +67,9 @@ def normal_cg(num_steps: int, damping: float = 0.0, rtol: float = 0.0) -> Linear
 
     Raises:
         ValueError: an argument is out of range.
+
+    Example:
+        >>> estimator = fb.aid(fb.normal_cg(20))
     """
     _check("normal_cg", num_steps, damping, rtol)
 
@@ -86,6 +89,9 @@ def gmres(num_steps: int, damping: float = 0.0, rtol: float = 0.0) -> LinearSolv
 
     Raises:
         ValueError: an argument is out of range.
+
+    Example:
+        >>> estimator = fb.aid(fb.gmres(10, damping=1e-3))
 
     References:
         Saad and Schultz, 1986. The loop is `jax.scipy.sparse.linalg.gmres`.
@@ -116,6 +122,9 @@ def neumann(num_steps: int, step_size: float, damping: float = 0.0) -> LinearSol
     Raises:
         ValueError: an argument is out of range.
 
+    Example:
+        >>> estimator = fb.aid(fb.neumann(20, step_size=0.1))
+
     References:
         Lorraine, Vicol, Duvenaud, AISTATS 2020, https://arxiv.org/abs/1911.02590, section 3.
     """
@@ -141,6 +150,9 @@ def gradient_descent(num_steps: int, step_size: float, damping: float = 0.0) -> 
     Raises:
         ValueError: an argument is out of range.
 
+    Example:
+        >>> estimator = fb.aid(fb.gradient_descent(20, step_size=0.1))
+
     References:
         Arbel and Mairal, *Amortized Implicit Differentiation for Stochastic Bilevel Optimization*, ICLR 2022,
         https://arxiv.org/abs/2111.14580
@@ -156,6 +168,9 @@ def gradient_descent(num_steps: int, step_size: float, damping: float = 0.0) -> 
 
 def identity() -> LinearSolver:
     """u = b: the inverse Hessian replaced by the identity (T1-T2 of Luketina et al. 2016; often cheap and often wrong).
+
+    Example:
+        >>> estimator = fb.aid(fb.identity())
 
     References:
         Luketina, Berglund, Greff, Raiko, ICML 2016, https://arxiv.org/abs/1511.06727
@@ -173,6 +188,10 @@ def from_lineax(solver: lineax.AbstractLinearSolver[Any], damping: float = 0.0) 
     Raises:
         ValueError: `damping` is negative.
         TypeError: `solver` is not a lineax solver.
+
+    Example:
+        >>> import lineax
+        >>> estimator = fb.aid(fb.from_lineax(lineax.GMRES(rtol=1e-5, atol=1e-5), damping=1e-3))
     """
     import lineax  # noqa: PLC0415
 

@@ -1,6 +1,6 @@
 """What a user can get wrong: refused while tracing, in words that help; and NaN at run time, which must not spread."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import chex
@@ -19,13 +19,6 @@ X, Y = jnp.ones((N, 3)), jnp.ones(N)
 BATCH = (X, Y)
 KEY = jax.random.key(0)
 SGD = optax.sgd(0.1)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation() -> Iterator[None]:
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def inner_objective(omega: Any, v: Any, batch: Any) -> Any:
@@ -808,6 +801,31 @@ def test_a_fault_in_the_middle_of_a_scan_does_not_spread(name: str) -> None:
         moved = any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (after.inner_params, before.inner_params))))
         assert moved == (level != "inner" and faults[i][1].get("inner") != 0.0)
         before = after
+
+
+# A gradient that is finite, with a square that is not: Adam's second moment would be infinite for ever.
+OVERFLOWING: dict[str, tuple[fb.Estimator, dict[str, Any], dict[str, float]]] = {
+    "inner": (fb.alternating(), {"inner_optimizer": optax.adam(0.1)}, {"inner": 1e30}),
+    "adjoint": (fb.funcid(fb.learned_adjoint(optax.adam(0.1), 3)), {}, {"outer": 1e30}),
+    "outer": (fb.alternating(), {"outer_optimizer": optax.adam(0.1)}, {"outer": 1e30}),
+}
+
+
+@pytest.mark.parametrize("level", OVERFLOWING)
+def test_an_optimizer_state_that_overflows_is_a_fault(level: str) -> None:
+    estimator, optimizers, fault = OVERFLOWING[level]
+    solver = bilevel(FAULTY, model(), estimator, **optimizers)
+    step = jax.jit(solver.step)
+    before, _ = step(solver.init(KEY, OMEGA, faulty()[0]), *faulty())
+    after, metrics = step(before, *faulty(**fault))
+    assert not metrics[f"{level}_finite"]
+    assert all(metrics[f"{upstream}_finite"] for upstream in LEVELS[: LEVELS.index(level)])
+    chex.assert_trees_all_equal(after.outer_params, before.outer_params)
+    chex.assert_tree_all_finite(after._replace(key=None))
+    recovered, metrics = step(after, *faulty())
+    assert all(metrics[f"{name}_finite"] for name in LEVELS)
+    for now, then in ((recovered.outer_params, after.outer_params), (recovered.inner_params, after.inner_params)):
+        assert all(np.all(a != b) for a, b in zip(*map(jax.tree.leaves, (now, then)), strict=True))
 
 
 PERSISTENT: dict[str, tuple[fb.Estimator, dict[str, Any], str]] = {

@@ -557,7 +557,11 @@ def test_damping(x64, name):
     assert bool(h.metrics["linear_converged"])  # of the damped system, the one that is solved
 
 
-@pytest.mark.parametrize("solver", [fb.normal_cg(30), fb.gmres(6), lineax.GMRES(1e-12, 1e-12), lineax.LU()], ids=str)
+@pytest.mark.parametrize(
+    "solver",
+    [fb.normal_cg(30), fb.gmres(6), lineax.GMRES(1e-12, 1e-12), lineax.LU()],
+    ids=["normal-cg", "gmres", "lineax-gmres", "lineax-lu"],
+)
 def test_indefinite_hessian(x64, solver):
     """At a saddle of the inner objective the formula still has a meaning, and these solvers an answer."""
     rng = np.random.default_rng(0)

@@ -1,7 +1,7 @@
 """The three adapters: parameters and other state apart, train mode in the inner fit only, one and the same answer."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import chex
@@ -15,14 +15,6 @@ from flax import linen, nnx
 import funcbilevel as fb
 
 N, WIDTH = 32, 8
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation() -> Iterator[None]:
-    """What is compared here does not depend on how well XLA optimises."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 # One network three times: as plain functions, in Linen and in NNX. Parts have the same names everywhere, so that the

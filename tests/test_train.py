@@ -18,13 +18,6 @@ N, STEPS = 8, 20
 traces: Counter[str] = Counter()
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation() -> Iterator[None]:
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def inner_objective(omega: Any, v: Any, batch: Any) -> Any:
     traces["inner"] += 1
     aux = {"step": batch["step"], "draw": batch["draw"], "mean": jnp.mean(batch["x"])}
@@ -79,10 +72,10 @@ every_kind = pytest.mark.parametrize("kind", DATA)
 
 @every_kind
 def test_the_chunks_change_nothing(kind: str) -> None:
-    state, history = train(DATA[kind](), chunk=STEPS)
+    state, history = train(DATA[kind](), chunk=10 * STEPS)
     assert state.step == STEPS
     assert all(values.shape == (STEPS,) for values in history.values())
-    for chunk in (1, 7, 100):
+    for chunk in (1, 7):
         other, other_history = train(DATA[kind](), chunk=chunk)
         chex.assert_trees_all_equal_shapes_and_dtypes(other, state)
         chex.assert_trees_all_close(other.outer_params, state.outer_params, rtol=1e-6)
@@ -191,7 +184,7 @@ def test_the_iterator_is_pulled_once_a_step(chunk: int) -> None:
     np.testing.assert_array_equal(history["inner/step"], [13, 14])
 
 
-@pytest.mark.parametrize("available", [0, 3, 6, 10])
+@pytest.mark.parametrize("available", [0, 6, 10])
 def test_an_iterator_that_ends_early_warns_and_returns(available: int) -> None:
     expected = {}
     if available:
@@ -208,7 +201,8 @@ def test_a_bad_batch_later_on_keeps_what_was_done() -> None:
     def data() -> Iterator[Any]:
         yield from itertools.islice(stream(), 8)
         batch, _ = next(stream())
-        yield jax.tree.map(lambda x: x[:2] if x.ndim else x, (batch, batch))
+        yield jax.tree.map(lambda x: x[:2] if np.ndim(x) else x, (batch, batch))
+        yield from stream()
 
     done: list[int] = []
     with pytest.raises(ValueError, match=r"the same structure and shapes.*\(2, 3\).*drop or pad"):
@@ -219,7 +213,7 @@ def test_a_bad_batch_later_on_keeps_what_was_done() -> None:
 def test_batches_may_be_lists_jax_arrays_and_numbers() -> None:
     x = jnp.ones((N, 3))
     batch = {"x": x, "y": x[:, 0], "step": 1, "draw": 0.5}
-    state, history = train([[batch, batch]] * 3)
+    state, history = train([[batch, batch]] * 3, 3)
     assert state.step == 3
     np.testing.assert_array_equal(history["inner/draw"], [0.5] * 3)
 
