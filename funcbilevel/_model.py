@@ -97,7 +97,7 @@ def from_linen(
     """A `Model` from a Flax Linen module.
 
     The `params` collection is trained; every other collection that `init` creates (`batch_stats` of BatchNorm
-    and SpectralNorm, ...) is the model state, updated in train mode only. `intermediates` are dropped.
+    and SpectralNorm, ...) is the model state, updated in train mode only. What the module `sow`s is dropped.
 
     Arguments:
         module: the module, called on the inputs as its only positional argument.
@@ -153,8 +153,11 @@ def from_linen(
             return module.apply(variables, inputs, **kwargs), model_state
         streams = {} if key is None else {name: jax.random.fold_in(key, i) for i, name in enumerate(rngs)}
         prediction, updated = module.apply(variables, inputs, rngs=streams, mutable=list(model_state), **kwargs)
-        # In the dtypes that they came in: BatchNorm's statistics start in float32 whatever the inputs are.
-        return prediction, jax.tree.map(_in_dtype_of, dict(model_state), dict(model_state) | dict(updated))
+        # A collection that has grown was sown into. Dtypes stay as they came in: BatchNorm's statistics start in
+        # float32 whatever the inputs are.
+        size = {name: len(jax.tree.leaves(old)) for name, old in model_state.items()}
+        kept = {name: new for name, new in updated.items() if len(jax.tree.leaves(new)) == size[name]}
+        return prediction, jax.tree.map(_in_dtype_of, dict(model_state), dict(model_state) | kept)
 
     return Model(init, apply)
 
