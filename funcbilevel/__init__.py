@@ -17,10 +17,12 @@ from funcbilevel._estimator import InnerSolution as InnerSolution
 from funcbilevel._estimators.aid import aid as aid
 from funcbilevel._estimators.alternating import alternating as alternating
 from funcbilevel._estimators.funcid import funcid as funcid
+from funcbilevel._estimators.gradient_penalty import gradient_penalty as gradient_penalty
 from funcbilevel._estimators.itd import itd as itd
 from funcbilevel._estimators.learned_adjoint import learned_adjoint as learned_adjoint
 from funcbilevel._estimators.linear_adjoint import linear_adjoint as linear_adjoint
 from funcbilevel._estimators.pointwise_adjoint import pointwise_adjoint as pointwise_adjoint
+from funcbilevel._estimators.value_penalty import value_penalty as value_penalty
 from funcbilevel._fit import FitState as FitState
 from funcbilevel._linear_solvers import LinearSolver as LinearSolver
 from funcbilevel._linear_solvers import cg as cg
@@ -30,14 +32,18 @@ from funcbilevel._linear_solvers import gradient_descent as gradient_descent
 from funcbilevel._linear_solvers import identity as identity
 from funcbilevel._linear_solvers import neumann as neumann
 from funcbilevel._linear_solvers import normal_cg as normal_cg
+from funcbilevel._model import LinearHead as LinearHead
 from funcbilevel._model import Model as Model
 from funcbilevel._model import from_function as from_function
 from funcbilevel._model import from_linen as from_linen
 from funcbilevel._model import from_nnx as from_nnx
 from funcbilevel._problem import FunctionalProblem as FunctionalProblem
 from funcbilevel._problem import ParametricProblem as ParametricProblem
+from funcbilevel._problem import Predictor as Predictor
 from funcbilevel._problem import parametrize as parametrize
+from funcbilevel._problem import predictor as predictor
 from funcbilevel._train import NonFiniteError as NonFiniteError
 from funcbilevel._train import train as train
+from funcbilevel._variable_projection import variable_projection as variable_projection
 
 __version__ = "0.1.0"

@@ -15,6 +15,7 @@ from funcbilevel._check import (
     check_number,
     check_optimizer,
     check_outer,
+    check_outer_model,
     check_setup,
     problem_inputs,
 )
@@ -111,6 +112,7 @@ class BilevelState(NamedTuple):
         inner_opt_state, outer_opt_state: the optax states.
         estimator_state: the estimator's warm start.
         key: the random key of the next step.
+        outer_model_state: the outer model's non-trainable state.
     """
 
     step: jax.Array
@@ -121,6 +123,7 @@ class BilevelState(NamedTuple):
     outer_opt_state: optax.OptState
     estimator_state: PyTree
     key: Key
+    outer_model_state: ModelState = ()
 
 
 class _Init(Protocol):
@@ -134,7 +137,8 @@ class BilevelSolver(NamedTuple):
 
     Attributes:
         init: `(key, outer_params, inner_batch, inner_params=None) -> state`. inner_params default to the model's
-            initial ones; with a `ParametricProblem` they must be given, and inner_batch may be None.
+            initial ones; with a `ParametricProblem` they must be given, and inner_batch may be None. outer_params may
+            be None with an `outer_model`: its initial ones.
         step: `(state, inner_batch, outer_batch) -> (state, metrics)`, one outer step. Jit it.
         run: `(state, inner_batches, outer_batches) -> (state, metrics)`, one scan over the leading axis of the
             batches; metrics have that leading axis too.
@@ -161,6 +165,8 @@ def bilevel(
     inner_optimizer: optax.GradientTransformation,
     outer_optimizer: optax.GradientTransformation,
     inner_steps: int = 1,
+    outer_model: Model | None = None,
+    outer_inputs: Callable[[Batch], Any] = lambda batch: batch,
 ) -> BilevelSolver:
     """A solver that alternates `inner_steps` inner steps, one hypergradient and one outer step.
 
@@ -174,6 +180,13 @@ def bilevel(
         inner_optimizer, outer_optimizer: any optax optimizers (schedules, clipping, weight decay, `MultiSteps`).
             The outer one is given `value` and `grad` too, for those that use them.
         inner_steps: M >= 1.
+        outer_model: for problems that see omega only through f_omega on the inner batch (the treatment features of
+            an instrumental regression): the model f, of which outer_params are the parameters. It is evaluated once
+            per outer step, in train mode, and differentiated once; the objectives, and so the estimator, get its
+            output on the inner batch where they would get outer_params. Its batch statistics, spectral norms and the
+            like are carried in the state. `explicit_norm` and `implicit_norm` are then those of the derivatives by
+            that output.
+        outer_inputs: `inner_batch -> what outer_model is called on`.
 
     Returns:
         A `BilevelSolver`: `init`, `step`, `run`.
@@ -209,12 +222,31 @@ def bilevel(
             "through steps that are made. Raise inner_steps or lower num_steps."
         )
     outer_update = optax.with_extra_args_support(outer_optimizer).update
+    if outer_model is not None:
+        check_outer_model(name, outer_model, problem)
+
+    def seen(
+        outer_params: OuterParams, outer_model_state: ModelState, inner_batch: Batch, key: Key
+    ) -> tuple[PyTree, ModelState, Callable[[PyTree], OuterParams]]:
+        """What the objectives get for omega, and the map from derivatives by it to derivatives by omega."""
+        if outer_model is None:
+            return outer_params, outer_model_state, lambda gradient: gradient
+        inputs, apply = outer_inputs(inner_batch), outer_model.apply
+        features, pull, outer_model_state = jax.vjp(
+            lambda omega: apply(omega, outer_model_state, inputs, train=True, key=key), outer_params, has_aux=True
+        )
+        return features, outer_model_state, lambda gradient: pull(gradient)[0]
 
     def init(
         key: Key, outer_params: OuterParams, inner_batch: Batch, inner_params: InnerParams | None = None
     ) -> BilevelState:
         key, model_key, estimator_key = jax.random.split(key, 3)
+        outer_model_state: ModelState = ()
+        if outer_model is not None:
+            initial, outer_model_state = outer_model.init(jax.random.fold_in(key, 1), outer_inputs(inner_batch))
+            outer_params = initial if outer_params is None else outer_params
         outer_params = as_float_tree("init", "outer_params", outer_params)
+        objectives_get = jax.eval_shape(lambda: seen(outer_params, outer_model_state, inner_batch, key)[0])
         model_state: ModelState = ()
         if isinstance(problem, FunctionalProblem):
             assert model is not None
@@ -228,7 +260,7 @@ def bilevel(
             )
         theta: InnerParams = as_float_tree("init", "inner_params", inner_params)
         if isinstance(problem, FunctionalProblem) or inner_batch is not None:
-            check_inner("init", problem, model, outer_params, theta, model_state, inner_batch)
+            check_inner("init", problem, model, objectives_get, theta, model_state, inner_batch)
         inner = FitState(theta, inner_optimizer.init(theta), model_state)
         state = BilevelState(
             step=jnp.zeros((), jnp.int32),
@@ -239,47 +271,50 @@ def bilevel(
             outer_opt_state=outer_optimizer.init(outer_params),
             estimator_state=estimator.init(estimator_key, problem, model, inner, inner_batch),
             key=key,
+            outer_model_state=outer_model_state,
         )
         return jax.tree.map(_without_weak_type, state)
 
     def step(state: BilevelState, inner_batch: Batch, outer_batch: Batch) -> tuple[BilevelState, Metrics]:
         omega = state.outer_params
+        key, inner_key, estimator_key, outer_key = jax.random.split(state.key, 4)
+        f, outer_model_state, pull_back = seen(omega, state.outer_model_state, inner_batch, outer_key)
         lower = (state.inner_params, state.model_state)
-        check_inner("step", problem, model, omega, *lower, inner_batch)
-        check_outer("step", problem, model, omega, *lower, outer_batch)
-        key, inner_key, estimator_key = jax.random.split(state.key, 3)
+        check_inner("step", problem, model, f, *lower, inner_batch)
+        check_outer("step", problem, model, f, *lower, outer_batch)
 
         before = FitState(state.inner_params, state.inner_opt_state, state.model_state)
         solve = _inner_solve(
-            problem, model, inner_optimizer, estimator.unroll, before, inner_batch, inner_key, inner_steps, omega
+            problem, model, inner_optimizer, estimator.unroll, before, inner_batch, inner_key, inner_steps, f
         )
         inner, hyper = estimator.estimate(
-            problem, model, solve, omega, inner_batch, outer_batch, state.estimator_state, estimator_key
+            problem, model, solve, f, inner_batch, outer_batch, state.estimator_state, estimator_key
         )
-        chex.assert_trees_all_equal_shapes_and_dtypes(hyper.gradient, omega)
+        chex.assert_trees_all_equal_shapes_and_dtypes(hyper.gradient, f)
+        gradient = pull_back(hyper.gradient)
         updates, outer_opt_state = outer_update(
-            hyper.gradient, state.outer_opt_state, omega, value=hyper.outer_value, grad=hyper.gradient
+            gradient, state.outer_opt_state, omega, value=hyper.outer_value, grad=gradient
         )
         new_omega = optax.apply_updates(omega, updates)
 
         metrics = {
             "outer_objective": hyper.outer_value,
-            "hypergradient_norm": tree_norm(hyper.gradient),
+            "hypergradient_norm": tree_norm(gradient),
             "explicit_norm": tree_norm(hyper.explicit),
             "implicit_norm": tree_norm(hyper.implicit),
             "inner_finite": all_finite(inner.fit.params, inner.fit.model_state, inner.metrics["inner_objective"])
             & stays_finite(before.opt_state, inner.fit.opt_state),
-            "outer_finite": all_finite(hyper.outer_value, hyper.gradient, new_omega)
+            "outer_finite": all_finite(hyper.outer_value, gradient, new_omega, outer_model_state)
             & stays_finite(state.outer_opt_state, outer_opt_state),
         }
         metrics = _reduce(problem, metrics | inner.metrics | hyper.metrics)
         inner_finite = metrics["inner_finite"]
         all_levels = inner_finite & metrics["adjoint_finite"] & metrics["outer_finite"]
         after = tree_where(inner_finite, inner.fit, before)
-        new_omega, outer_opt_state, estimator_state = tree_where(
+        new_omega, outer_opt_state, outer_model_state, estimator_state = tree_where(
             all_levels,
-            (new_omega, outer_opt_state, hyper.state),
-            (omega, state.outer_opt_state, state.estimator_state),
+            (new_omega, outer_opt_state, outer_model_state, hyper.state),
+            (omega, state.outer_opt_state, state.outer_model_state, state.estimator_state),
         )
         new_state = BilevelState(
             step=state.step + 1,
@@ -290,6 +325,7 @@ def bilevel(
             outer_opt_state=outer_opt_state,
             estimator_state=estimator_state,
             key=key,
+            outer_model_state=outer_model_state,
         )
         return new_state, metrics
 

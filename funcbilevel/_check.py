@@ -109,6 +109,22 @@ def check_setup(function: str, problem: Any, model: Any, estimator: Any) -> None
         )
 
 
+def check_outer_model(function: str, outer_model: Any, problem: Problem) -> None:
+    """That the outer level can be seen through a model."""
+    if not isinstance(outer_model, Model):
+        raise TypeError(
+            f"{function}: outer_model must be an fb.Model or None, got {type(outer_model).__name__}; wrap it with "
+            "fb.from_linen, fb.from_nnx or fb.from_function."
+        )
+    if outer_model.head is not None:
+        raise ValueError(f"{function}: outer_model must give its whole output itself, got one of variable_projection.")
+    if problem.axis_name is not None:
+        raise ValueError(
+            f"{function}: outer_model is given, but problem.axis_name is {problem.axis_name!r}: its outputs belong to "
+            "one device's samples, and cannot be averaged. Shard the batches under jit instead of pmap."
+        )
+
+
 # Pytrees.
 
 
@@ -215,6 +231,9 @@ def _lower(
     assert model is not None
     inputs = problem_inputs(function, problem, batch, batch_name)
     shapes = jax.eval_shape(lambda *args: model.apply(*args)[0], inner_params, model_state, inputs)
+    if model.head is not None:
+        check_features(function, shapes, inputs)
+        shapes = jax.ShapeDtypeStruct((shapes.shape[0], model.head.num_outputs), shapes.dtype)
     check_prediction(function, "prediction", shapes, inputs, batch_name)
     return "the prediction", shapes
 
@@ -250,6 +269,22 @@ def check_prediction(function: str, name: str, shapes: Prediction, inputs: Input
                 f"{function}: {name}{_at(path)} has shape {leaf.shape}, expected the leading axis of the inputs of "
                 f"{batch_name} ({' or '.join(map(str, sorted(sizes)))}); the model must return one row per sample."
             )
+
+
+def check_features(function: str, phi: Any, inputs: Inputs) -> None:
+    """One row of floating-point features per sample."""
+    sizes = {x.shape[0] for x in jax.tree.leaves(inputs) if x.ndim > 0}
+    if not hasattr(phi, "shape") or phi.ndim != 2 or phi.shape[0] not in sizes:
+        got = f"shape {phi.shape}" if hasattr(phi, "shape") else type(phi).__name__
+        raise ValueError(
+            f"{function}: features must return an array of shape [n, p] with n = "
+            f"{' or '.join(map(str, sorted(sizes)))} rows, got {got}; flatten each sample's features to one row."
+        )
+    if not jnp.issubdtype(phi.dtype, jnp.floating):
+        raise TypeError(
+            f"{function}: features must be floating-point, got dtype {phi.dtype}; convert them, for example with "
+            "phi.astype(jnp.float32)."
+        )
 
 
 def check_like(function: str, name: str, got: PyTree, expected: PyTree, mend: str) -> None:

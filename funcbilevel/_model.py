@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from funcbilevel._typing import InnerParams, Inputs, Key, ModelState, Prediction
+from funcbilevel._typing import InnerParams, Inputs, Key, LinearMap, ModelState, Prediction
 
 if TYPE_CHECKING:
     from flax import linen, nnx
@@ -32,6 +32,21 @@ class _Apply(Protocol):
     ) -> tuple[Prediction, ModelState]: ...
 
 
+class LinearHead(NamedTuple):
+    """A last, linear layer that is not trained but solved for; see `variable_projection`.
+
+    Attributes:
+        fit: `(C, rhs, phi, v, mean) -> V`, with v of the prediction's shape, the [p, num_outputs] minimiser of
+            1/2 <phi V, C[phi V]> - <rhs, V> + ridge/2 |V|^2.
+        num_outputs: columns of the prediction.
+        ridge: >= 0.
+    """
+
+    fit: Callable[[LinearMap, jax.Array, jax.Array, jax.Array, LinearMap], jax.Array]
+    num_outputs: int
+    ridge: float
+
+
 class Model(NamedTuple):
     """A prediction model (or an adjoint's) as two pure functions; parameters and other state are kept apart.
 
@@ -41,10 +56,13 @@ class Model(NamedTuple):
             `train=True` batch statistics and the like are updated and `key` feeds dropout; with `train=False`
             the model is deterministic and `model_state` comes back as it went in. Leaves of the prediction have
             the leading axis of the inputs.
+        head: with a head, from `variable_projection`, `apply` gives features phi(x), [n, p], and the prediction is
+            phi(x) V with V solved for on the inner batch.
     """
 
     init: _Init
     apply: _Apply
+    head: LinearHead | None = None
 
 
 def from_function(

@@ -5,7 +5,8 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from functools import partial
+from functools import lru_cache, partial
+from types import MethodType
 from typing import Any, Literal, TypeAlias
 
 import jax
@@ -67,7 +68,9 @@ def train(
         state: from `solver.init`, or of an earlier run. It is copied, so it stays usable.
         data: a pure function `(key, step) -> (inner_batch, outer_batch)`, compiled into the loop (its key comes from
             the state, so a run in two halves equals one in one piece); or an iterable of
-            `(inner_batch, outer_batch)` of equal shapes.
+            `(inner_batch, outer_batch)` of equal shapes. Arrays that a function closes over are compiled into the
+            program as constants: bind large ones, or ones that change from call to call, by
+            `jax.tree_util.Partial(function, arrays)`, as leading arguments.
         num_outer_steps: how many outer steps to take, >= 1.
         chunk: steps per chunk, >= 1.
         callback: `(state, metrics)` after each chunk; metrics are NumPy arrays with the chunk's steps as leading
@@ -99,10 +102,12 @@ def train(
         check_callable("train", "callback", callback)
     chunk = min(chunk, num_outer_steps)
     if callable(data):
-        run_chunk = jax.jit(partial(_sampled_chunk, solver, data, chunk), donate_argnums=0)
+        run_chunk = _compiled(_sampled_chunk, solver, chunk)
+        # As a method, which Python compares by its object's identity, whatever == means for that object.
+        sampler = data if isinstance(data, jax.tree_util.Partial) else jax.tree_util.Partial(MethodType(_call, data))
         batches = None
     elif isinstance(data, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
-        run_chunk = jax.jit(partial(_stacked_chunk, solver, chunk), donate_argnums=0)
+        run_chunk, sampler = _compiled(_stacked_chunk, solver, chunk), None
         batches = iter(data)
     else:
         raise TypeError(
@@ -117,7 +122,7 @@ def train(
         while done < num_outer_steps:
             size = min(chunk, num_outer_steps - done)
             if batches is None:
-                state, metrics = run_chunk(state, size)
+                state, metrics = run_chunk(state, size, sampler)
             else:
                 pairs = [_pair(pair) for pair in itertools.islice(batches, size)]
                 if len(pairs) < size:
@@ -143,6 +148,16 @@ def train(
     return state, {name: np.concatenate([m[name] for m in history]) for name in (history[0] if history else {})}
 
 
+@lru_cache(maxsize=64)
+def _compiled(function: Callable[..., Any], solver: BilevelSolver, chunk: int) -> Callable[..., Any]:
+    """One jitted function per solver, so that a second `train` with it finds its program compiled."""
+    return jax.jit(partial(function, solver, chunk), donate_argnums=0)
+
+
+def _call(sampler: Sampler, key: Key, step: jax.Array) -> tuple[Batch, Batch]:
+    return sampler(key, step)
+
+
 def _pair(pair: Any) -> tuple[Batch, Batch]:
     if not (isinstance(pair, (tuple, list)) and len(pair) == 2):  # pyright: ignore[reportUnknownArgumentType]
         got = f"{type(pair).__name__} of {len(pair)}" if isinstance(pair, (tuple, list)) else type(pair).__name__
@@ -151,7 +166,7 @@ def _pair(pair: Any) -> tuple[Batch, Batch]:
 
 
 def _sampled_chunk(
-    solver: BilevelSolver, sampler: Sampler, chunk: int, state: BilevelState, size: jax.Array
+    solver: BilevelSolver, chunk: int, state: BilevelState, size: jax.Array, sampler: Sampler
 ) -> tuple[BilevelState, Metrics]:
     def batches(state: BilevelState, i: jax.Array) -> tuple[Batch, Batch]:
         del i

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from funcbilevel._typing import Metrics, PyTree
 
@@ -13,6 +14,13 @@ def tree_vdot(a: PyTree, b: PyTree) -> jax.Array:
     """<a, b>, summed over all leaves."""
     # Not `vdot`, whose contraction JAX refuses over an axis that is sharded explicitly.
     return jax.tree.reduce(operator.add, jax.tree.map(lambda x, y: jnp.sum(x * y), a, b))
+
+
+def moments(phi: jax.Array, t: jax.Array) -> jax.Array:
+    """phi' t, [p, ...], on every device: over samples that are sharded explicitly, JAX wants to be told so."""
+    mesh = jax.typeof(phi).sharding.mesh
+    replicated: dict[str, Any] = {"out_sharding": NamedSharding(mesh, PartitionSpec())} if mesh.explicit_axes else {}
+    return jnp.tensordot(phi, t, (0, 0), **replicated)
 
 
 def tree_norm(tree: PyTree) -> jax.Array:

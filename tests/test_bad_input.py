@@ -54,6 +54,7 @@ def learned(apply: Any = None, **kwargs: Any) -> fb.Estimator:
 
 
 POINTWISE = fb.funcid(fb.pointwise_adjoint())
+PROJECTED = fb.variable_projection(model(lambda theta, x: x * theta[None]), 1)
 
 # The three ways in. Everything happens under `jax.eval_shape`: no number is ever computed.
 
@@ -296,6 +297,38 @@ CASES: dict[str, Case] = {
         "convert them",
         WITH_OUTER,
     ),
+    "projected features of rank 1": Case(
+        {"model": fb.variable_projection(model(), 1), "estimator": fb.alternating()},
+        ValueError,
+        "features",
+        r"got shape \(6,\)",
+        r"shape \[n, p\] with n = 6",
+        "one row",
+    ),
+    "learned adjoint of the architecture of a projected model": Case(
+        {
+            "model": PROJECTED,
+            "problem": problem(
+                lambda omega, v, batch: inner_objective(omega, v[:, 0], batch),
+                lambda omega, v, batch: outer_objective(omega, v[:, 0], batch),
+            ),
+            "estimator": learned(),
+        },
+        ValueError,
+        "learned_adjoint: model",
+        "is None",
+        "solved for and not trained",
+        "pass model=",
+        STARTS,
+    ),
+    "features of the adjoint of rank 1": Case(
+        {"estimator": learned(lambda xi, phi: phi, features=lambda theta, x: x[:, 0])},
+        ValueError,
+        "learned_adjoint: features",
+        r"got shape \(6,\)",
+        r"shape \[n, p\] with n = 6",
+        "one row",
+    ),
     "outer_params an integer": not_floats(1, "outer_params", "dtype int32"),
     "outer_params with an integer leaf": not_floats(
         {"w": 1.0, "n": jnp.arange(3)}, r"outer_params\['n'\]", "dtype int32"
@@ -483,6 +516,13 @@ NUMBERS: dict[tuple[str, str], tuple[Callable[[Any], Any], list[tuple[Any, type[
     ("learned_adjoint", "num_steps"): (lambda v: fb.learned_adjoint(SGD, v), WHOLE),
     ("linear_adjoint", "ridge"): (lambda v: fb.linear_adjoint(features, v), AT_LEAST_ZERO),
     ("linear_adjoint", "num_steps"): (lambda v: fb.linear_adjoint(features, num_steps=v), WHOLE),
+    ("variable_projection", "num_outputs"): (lambda v: fb.variable_projection(model(), v), WHOLE),
+    ("variable_projection", "ridge"): (lambda v: fb.variable_projection(model(), 1, v), AT_LEAST_ZERO),
+    ("variable_projection", "num_steps"): (lambda v: fb.variable_projection(model(), 1, num_steps=v), WHOLE),
+    ("value_penalty", "num_steps"): (lambda v: fb.value_penalty(SGD, v, 1.0), WHOLE),
+    ("value_penalty", "penalty"): (lambda v: fb.value_penalty(SGD, 1, v), POSITIVE),
+    ("gradient_penalty", "num_steps"): (lambda v: fb.gradient_penalty(SGD, v, 1.0), WHOLE),
+    ("gradient_penalty", "penalty"): (lambda v: fb.gradient_penalty(SGD, 1, v), POSITIVE),
     ("cg", "num_steps"): (fb.cg, WHOLE),
     ("cg", "damping"): (lambda v: fb.cg(2, damping=v), AT_LEAST_ZERO),
     ("cg", "rtol"): (lambda v: fb.cg(2, rtol=v), AT_LEAST_ZERO),
@@ -578,6 +618,51 @@ CALLS: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = {
         TypeError,
         ("learned_adjoint: model", "got Dense", "an fb.Model or None", "wrap it with fb.from_linen"),
     ),
+    "adjoint's features not callable": (
+        lambda: fb.learned_adjoint(SGD, 2, model=model(), features=X),
+        TypeError,
+        ("learned_adjoint: features", "got ArrayImpl", "must be callable"),
+    ),
+    "adjoint's features without a model": (
+        lambda: fb.learned_adjoint(SGD, 2, features=features),
+        ValueError,
+        ("learned_adjoint: model", "is None", "but features are given", "pass the model"),
+    ),
+    "value_penalty's optimizer a factory": (
+        lambda: fb.value_penalty(optax.sgd, 2, 1.0),
+        TypeError,
+        ("value_penalty: optimizer", "got <function sgd", TRANSFORM, CALL_IT),
+    ),
+    "gradient_penalty's optimizer a learning rate": (
+        lambda: fb.gradient_penalty(0.1, 2, 1.0),
+        TypeError,
+        ("gradient_penalty: optimizer", "got 0.1", TRANSFORM, CALL_IT),
+    ),
+    "variable_projection of a function": (
+        lambda: fb.variable_projection(features, 1),
+        TypeError,
+        ("variable_projection: features", "got function", "an fb.Model", "wrap it with fb.from_linen"),
+    ),
+    "variable_projection of a projected model": (
+        lambda: fb.variable_projection(PROJECTED, 1),
+        ValueError,
+        ("variable_projection: features", "has a linear head already", "pass the model that was given to it"),
+    ),
+    "outer_model a module": (
+        lambda: bilevel(problem(), model(), POINTWISE, outer_model=linen.Dense(1)),
+        TypeError,
+        ("bilevel: outer_model", "got Dense", "an fb.Model or None", "wrap it with fb.from_linen"),
+    ),
+    "outer_model with a head": (
+        lambda: bilevel(problem(), model(), POINTWISE, outer_model=PROJECTED),
+        ValueError,
+        ("bilevel: outer_model", "its whole output", "got one of variable_projection"),
+    ),
+    "outer_model over a mapped axis": (
+        lambda: bilevel(problem(axis_name="devices"), model(), POINTWISE, outer_model=model()),
+        ValueError,
+        ("bilevel: outer_model", "axis_name is 'devices'", "cannot be averaged", "Shard the batches under jit"),
+    ),
     "features not callable": (
         lambda: fb.linear_adjoint(X),
         TypeError,
@@ -629,6 +714,11 @@ CALLS: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = {
         lambda: fb.parametrize(parametric(), model()),
         TypeError,
         ("parametrize: problem", "got ParametricProblem", "a FunctionalProblem"),
+    ),
+    "parametrize: a projected model without inner_batch": (
+        lambda: fb.parametrize(problem(), PROJECTED),
+        ValueError,
+        ("parametrize: inner_batch", "is None", "has a linear head", "pass the inner batch"),
     ),
     "parametrize: no model": (
         lambda: fb.parametrize(problem(), None),
@@ -744,6 +834,8 @@ BREAKABLE: dict[str, tuple[fb.Estimator, dict[str, float] | None]] = {
     "itd": (fb.itd(2), None),
     "itd-forward": (fb.itd(2, mode="forward"), None),
     "alternating": (fb.alternating(), None),
+    "penalty-value": (fb.value_penalty(optax.sgd(0.1, momentum=0.9), 3, 10.0), {"outer": HUGE}),
+    "penalty-gradient": (fb.gradient_penalty(optax.sgd(0.1, momentum=0.9), 3, 10.0), {"outer": HUGE}),
 }
 LEVELS = ("inner", "adjoint", "outer")
 

@@ -108,6 +108,8 @@ ESTIMATORS: dict[str, fb.Estimator] = {
     "itd-forward": fb.itd(INNER_STEPS, mode="forward"),
     "itd-remat": fb.itd(INNER_STEPS, remat=True),
     "alternating": fb.alternating(),
+    "penalty-value": fb.value_penalty(optax.sgd(0.1), 3, 10.0),
+    "penalty-gradient": fb.gradient_penalty(optax.sgd(0.01), 3, 10.0),
 }
 every_estimator = pytest.mark.parametrize("name", ESTIMATORS)
 # For what takes long to compile, without the rows that differ from another one in nothing that matters there.

@@ -34,7 +34,16 @@ ESTIMATORS = {
     "itd": fb.itd(3),
     "itd-forward": fb.itd(2, mode="forward"),
     "alternating": fb.alternating(),
+    "penalty-value": fb.value_penalty(optax.sgd(0.1), 5, 10.0),
+    "penalty-gradient": fb.gradient_penalty(optax.sgd(1e-3), 5, 10.0),
 }
+
+# With a head that is solved for on the samples of all devices; weights make the solve take several steps.
+PROJECTED = fb.variable_projection(
+    fb.from_function(lambda key, x: {"hidden": jax.random.normal(key, (3, 4))}, features), 1, ridge=0.1
+)
+OF_PROJECTED = ("funcid-linear-ridge", "aid-cg", "itd", "alternating")
+ROWS = [(name, MODEL) for name in ESTIMATORS] + [(name, PROJECTED) for name in OF_PROJECTED]
 
 
 def problem(axis_name):
@@ -48,10 +57,10 @@ def problem(axis_name):
     return fb.FunctionalProblem(inner, outer, has_aux=True, axis_name=axis_name)
 
 
-def make(estimator, axis_name):
+def make(estimator, axis_name, model=MODEL):
     return fb.bilevel(
         problem(axis_name),
-        MODEL,
+        model,
         estimator,
         inner_optimizer=optax.adam(1e-2, eps_root=1e-12),
         outer_optimizer=optax.sgd(0.1),
@@ -59,8 +68,10 @@ def make(estimator, axis_name):
     )
 
 
-@pytest.mark.parametrize("name", ESTIMATORS)
-def test_pmap_over_a_spread_batch_equals_the_whole_batch(name):
+@pytest.mark.parametrize(
+    ("name", "model"), ROWS, ids=[name if model is MODEL else f"{name}-projected" for name, model in ROWS]
+)
+def test_pmap_over_a_spread_batch_equals_the_whole_batch(name, model):
     x, weight = (
         jax.random.normal(jax.random.key(0), (SAMPLES, 3)),
         0.5 + jax.random.uniform(jax.random.key(1), (SAMPLES, 1)),
@@ -68,7 +79,7 @@ def test_pmap_over_a_spread_batch_equals_the_whole_batch(name):
     whole = (x, jnp.sin(jnp.sum(x, axis=1, keepdims=True)), weight)
     spread = jax.tree.map(lambda a: a.reshape(DEVICES, SAMPLES // DEVICES, -1), whole)
 
-    one, many = make(ESTIMATORS[name], None), make(ESTIMATORS[name], "devices")
+    one, many = make(ESTIMATORS[name], None, model), make(ESTIMATORS[name], "devices", model)
     start = one.init(jax.random.key(2), {"slope": 0.5}, whole)
     replicated = jax.tree.map(lambda a: jnp.broadcast_to(a, (DEVICES, *a.shape)), start)
     step_one, step_many = jax.jit(one.step), jax.pmap(many.step, axis_name="devices")

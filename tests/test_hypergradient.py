@@ -34,6 +34,7 @@ import funcbilevel as fb
 KEY = 11
 DAMPING = 0.3
 UNROLLED = 3
+PENALTY = 1e6
 
 
 def norm(tree: Any) -> float:
@@ -194,6 +195,25 @@ def gradient_descent(case: Case) -> fb.Estimator:
     return fb.aid(fb.gradient_descent(4000, 1.0 / largest_eigenvalue(case)))
 
 
+def chord(case: Case, power: int) -> optax.GradientTransformation:
+    """Newton's method with the inner solution's Hessian (or its square): a penalty's y, to rounding, in few steps."""
+    M = np.linalg.pinv(np.linalg.matrix_power(np.asarray(case.system.H), power), rcond=1e-10, hermitian=True)
+
+    def step(gradient: Any, _: Any) -> Any:
+        flat, unravel = ravel_pytree(gradient)
+        return unravel(-jnp.asarray(M, flat.dtype) @ flat)
+
+    return optax.stateless(step)
+
+
+def value_penalty(case: Case, penalty: float = PENALTY) -> fb.Estimator:
+    return fb.value_penalty(chord(case, 1), 20, penalty)
+
+
+def gradient_penalty(case: Case, penalty: float = PENALTY) -> fb.Estimator:
+    return fb.gradient_penalty(chord(case, 2), 20, penalty)
+
+
 METHODS: dict[str, Method] = {
     "funcid-linear": Method(linear, 1e-8, applies=functional),
     "funcid-linear-ridge": Method(lambda c: linear(c, DAMPING), 1e-8, damped, linear_class),
@@ -214,10 +234,13 @@ METHODS: dict[str, Method] = {
     "itd-forward": Method(lambda c: fb.itd(UNROLLED, mode="forward"), 1e-6, truncated),
     "itd-remat": Method(lambda c: fb.itd(UNROLLED, remat=True), 1e-6, truncated),
     "alternating": Method(lambda c: fb.alternating(), 1e-12, explicit_only),
+    "penalty-value": Method(value_penalty, 1e-3),
+    "penalty-gradient": Method(gradient_penalty, 1e-3),
 }
 
 # One of each kind, where a test is not about the numbers.
 KINDS = ["funcid-linear", "funcid-pointwise", "funcid-learned", "aid-cg", "aid-lineax-lu", "itd", "alternating"]
+PENALTIES = ["penalty-value", "penalty-gradient"]  # apart, because rounding is multiplied by the penalty
 
 
 def setting(case: Case, method: str) -> dict[str, Any]:
@@ -286,7 +309,7 @@ def test_hypergradient(x64, method, name):
         np.testing.assert_allclose(h.outer_value, case.outer_value, rtol=1e-12)
 
 
-@pytest.mark.parametrize("method", KINDS)
+@pytest.mark.parametrize("method", KINDS + PENALTIES)
 def test_without_jit(x64, method):
     case = build("cosh")
     estimator = METHODS[method].estimator(case)
@@ -295,7 +318,8 @@ def test_without_jit(x64, method):
     h = fb.hypergradient(
         case.problem, case.model, estimator, case.outer_params, theta, case.inner_batch, case.outer_batch, **start
     )
-    assert_close(parts(h), parts(estimate(case, estimator, **setting(case, method))), 1e-12)
+    tolerance = 1e-8 if method in PENALTIES else 1e-12
+    assert_close(parts(h), parts(estimate(case, estimator, **setting(case, method))), tolerance)
 
 
 # The learned adjoint: its objective with the 1/2 and the sign, its convergence, its warm start.
@@ -678,11 +702,78 @@ def test_outer_objective_without_the_inner_level(x64, method):
     explicit = lambda omega, u, batch: sum(jnp.sum(w**2) for w in jax.tree.leaves(omega))
     case = case._replace(problem=dataclasses.replace(case.problem, outer_objective=explicit))
     h = estimate(case, METHODS[method].estimator(case), **setting(case, method))
-    learned_rest = 2e-2 if method == "funcid-learned" else 0.0  # of an adjoint that starts at random values
-    assert norm(h.implicit) <= learned_rest
-    assert_close(h.gradient, jax.tree.map(lambda w: 2 * w, case.outer_params), learned_rest or 1e-15)
+    # A learned adjoint starts at random values; a penalty multiplies rounding.
+    rest = 2e-2 if method == "funcid-learned" else 1e-8 if method in PENALTIES else 0.0
+    assert norm(h.implicit) <= rest
+    assert_close(h.gradient, jax.tree.map(lambda w: 2 * w, case.outer_params), rest or 1e-15)
     assert bool(h.metrics["adjoint_finite"])
     assert bool(h.metrics.get("linear_converged", True))
+
+
+# The penalties: their bias, the step of y, its warm start.
+
+
+@pytest.mark.parametrize("name", ["shifted", "pytree", "softmax", "logistic-ridge"])
+@pytest.mark.parametrize("method", [value_penalty, gradient_penalty])
+def test_the_bias_of_a_penalty_falls_like_its_inverse(x64, method, name):
+    case = build(name)
+    penalties = (1e2, 1e3, 1e4)
+    errors = [relative_error(estimate(case, method(case, p)).gradient, case.exact.gradient) for p in penalties]
+    assert all(8 < earlier / later < 12.5 for earlier, later in itertools.pairwise(errors)), errors
+    assert errors[0] < 0.1
+
+
+@pytest.mark.parametrize("method", ["value", "gradient"])
+@pytest.mark.parametrize("name", ["network", "ridge"])
+def test_one_step_of_a_penalty(x64, method, name):
+    """y goes down the gradient of p + L_out / lambda, and the two parts are taken at that y."""
+    case, rate, penalty = build(name), 0.1, 7.0
+    inner, outer = of_parameters(case)
+    theta, start = case.inner_params, off_solution(case)
+
+    def p(omega: Any, y: Any) -> jax.Array:
+        if method == "value":
+            return inner(omega, y, case.inner_batch) - inner(omega, theta, case.inner_batch)
+        gradient, _ = ravel_pytree(jax.grad(inner, argnums=1)(omega, y, case.inner_batch))
+        return 0.5 * gradient @ gradient
+
+    def objective(y: Any) -> jax.Array:
+        return p(case.outer_params, y) + outer(case.outer_params, y, case.outer_batch) / penalty
+
+    make = fb.value_penalty if method == "value" else fb.gradient_penalty
+    optimizer = optax.sgd(rate)
+    h = estimate(case, make(optimizer, 1, penalty), state=fb.FitState(start, optimizer.init(start), ()))
+    value, gradient = jax.jit(jax.value_and_grad(objective))(start)
+    y = jax.tree.map(lambda y, g: y - rate * g, start, gradient)
+    assert_close(h.state.params, y, 1e-12)
+    np.testing.assert_allclose(h.metrics["penalty_objective"], value, rtol=1e-12)
+    explicit = jax.jit(jax.grad(outer))(case.outer_params, y, case.outer_batch)
+    implicit = jax.jit(jax.grad(lambda omega: penalty * p(omega, y)))(case.outer_params)
+    assert_close(parts(h), Parts(jax.tree.map(np.add, explicit, implicit), explicit, implicit), 1e-10)
+    np.testing.assert_allclose(h.outer_value, case.outer_value, rtol=1e-12)  # at theta
+
+    cold = make(optimizer, 1, penalty, warm_start=False)
+    h = estimate(case, cold)
+    assert h.state == ()
+    warm = estimate(case, make(optimizer, 1, penalty))  # which starts at theta, too
+    chex.assert_trees_all_equal(parts(h), parts(warm))
+    second = estimate(case, make(optimizer, 1, penalty), state=warm.state)
+    assert_close(parts(second), parts(estimate(case, make(optimizer, 2, penalty))), 1e-12)
+    chex.assert_trees_all_equal(parts(h), parts(estimate(case, cold, state=h.state)))
+
+
+@pytest.mark.parametrize("method", [fb.value_penalty, fb.gradient_penalty])
+def test_penalties_in_float32(x64, method):
+    case = build("cosh")
+    estimator = method(optax.sgd(0.1), 50, 10.0)
+    expected = estimate(case, estimator).gradient
+    point = jax.tree.map(np.asarray, (case.outer_params, case.inner_params, case.inner_batch, case.outer_batch))
+    with jax.enable_x64(False):
+        h = jax.jit(lambda *point: fb.hypergradient(case.problem, case.model, estimator, *point))(
+            *cast(point, np.float32)
+        )
+        assert float_dtypes((parts(h), h.outer_value, h.metrics, h.state)) == {jnp.dtype(np.float32)}
+        assert_close(h.gradient, cast(jax.tree.map(np.asarray, expected), np.float32), 1e-4)
 
 
 # ITD through optax.
@@ -761,7 +852,7 @@ def test_itd_approaches_the_exact_hypergradient(x64):
 # What the objectives may be.
 
 
-@pytest.mark.parametrize("method", KINDS)
+@pytest.mark.parametrize("method", KINDS + PENALTIES)
 def test_aux_reaches_the_metrics(x64, method):
     case = build("cosh")
     estimator = METHODS[method].estimator(case)

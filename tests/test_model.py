@@ -216,6 +216,8 @@ ESTIMATORS: dict[str, Row] = {
     "itd-forward": Row(lambda features: fb.itd(3, mode="forward"), eval_only=False, stateful=False),
     "itd-remat": Row(lambda features: fb.itd(3, remat=True), eval_only=False, stateful=False),
     "alternating": Row(lambda features: fb.alternating()),
+    "penalty-value": Row(lambda features: fb.value_penalty(optax.sgd(0.1), 3, 10.0)),
+    "penalty-gradient": Row(lambda features: fb.gradient_penalty(optax.sgd(0.1), 3, 10.0), stateful=False),
 }
 
 

@@ -33,9 +33,12 @@ LAYERS = [
     {"_problem", "_fit"},
     {"_estimator"},
     {"_check"},
-    {"_linear_solvers"},
+    {"_linear_solvers", "_features"},
+    {"_ridge"},
+    {"_variable_projection"},
 ]
 LOOP = {"_bilevel", "_cost", "_train"}
+SHARED = {m for m in SHORT if m.startswith("_estimators._")}  # what several estimators are made of
 SCRIPTS = sorted(path for folder in ("benchmarks", "examples") for path in (ROOT / folder).rglob("*.py"))
 
 
@@ -77,7 +80,7 @@ def allowed(module: str) -> set[str]:
     if module.partition(".")[0] in ("cli", "tasks"):
         return tasks
     if module.startswith("_estimators"):
-        return lower  # no other estimator, and not the loop
+        return lower | SHARED  # no other estimator, and not the loop
     if module in LOOP:
         return lower | LOOP
     (level,) = (i for i, layer in enumerate(LAYERS) if module in layer)
@@ -249,9 +252,17 @@ def test_contract_of_the_results() -> None:
     assert {"step", "outer_params", "inner_params"} <= set(fb.BilevelState._fields)
     for function, written in zip(solver(), (init, step, run_), strict=True):
         assert_signature(function, written)
-    for estimator in (fb.funcid(fb.pointwise_adjoint()), fb.aid(fb.cg(1)), fb.itd(1), fb.alternating()):
+    for estimator in (
+        fb.funcid(fb.pointwise_adjoint()),
+        fb.aid(fb.cg(1)),
+        fb.itd(1),
+        fb.alternating(),
+        fb.value_penalty(optax.sgd(0.1), 1, 1.0),
+        fb.gradient_penalty(optax.sgd(0.1), 1, 1.0),
+    ):
         assert isinstance(estimator, fb.Estimator)
     for model in (
+        fb.variable_projection(fb.from_linen(linen.Dense(2)), 1),
         fb.from_function(lambda key, x: x, jnp.dot),
         fb.from_linen(linen.Dense(1)),
         fb.from_nnx(lambda rngs: nnx.Linear(1, 1, rngs=rngs)),

@@ -1,5 +1,6 @@
 """`fb.train`: the same run whatever the chunks, from a sampler or an iterator, and what the host sees of it."""
 
+import dataclasses
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ import optax
 import pytest
 
 import funcbilevel as fb
+from funcbilevel import _train as fb_train
 
 N, STEPS = 8, 20
 traces: Counter[str] = Counter()
@@ -118,16 +120,63 @@ def test_a_sampler_gets_a_key_of_its_own_and_the_step() -> None:
 
 
 @every_kind
-def test_a_partial_last_chunk_needs_no_other_program(kind: str) -> None:
+def test_a_partial_last_chunk_and_a_second_call_need_no_other_program(kind: str) -> None:
+    """Nor does a chunk of the same length in a longer run. Traces are counted from an empty cache."""
+    fb_train._compiled.cache_clear()
+
     def traced(num_outer_steps: int) -> int:
         before = traces["inner"]
-        state, _ = train(DATA[kind](), num_outer_steps, chunk=6)
+        state, _ = train(DATA[kind](), num_outer_steps, chunk=6, state=given)
         assert state.step == num_outer_steps
         return traces["inner"] - before
 
-    full_chunk = traced(6)
-    assert full_chunk > 0
-    assert traced(6 + 6 + 5) == full_chunk
+    given = start()
+    assert traced(6 + 6 + 5) > 0
+    assert traced(6 + 6 + 5) == 0
+    assert traced(6) == 0
+
+
+def test_arrays_bound_by_partial_are_arguments_of_the_program() -> None:
+    """New arrays of the same shapes: the run follows them, and nothing is traced again."""
+
+    def pick(data: Any, offset: jax.Array, key: jax.Array, step: jax.Array) -> Any:
+        batch = {"x": data, "y": jnp.sin(data[:, 0]) + offset, "step": step, "draw": jnp.float32(0)}
+        return batch, batch
+
+    def run(data: Any, offset: float) -> tuple[Any, int]:
+        before = traces["inner"]
+        state, history = train(jax.tree_util.Partial(pick, data, jnp.float32(offset)), 3, state=given)
+        np.testing.assert_allclose(history["inner/mean"], np.mean(data), rtol=1e-5)
+        return state, traces["inner"] - before
+
+    given, (first, second) = start(), np.random.default_rng(0).normal(size=(2, N, 3)).astype(np.float32)
+    states = {}
+    assert run(first, 0.0)[1] > 0
+    for name, data, offset in (("first", first, 0.0), ("second", second, 0.0), ("offset", first, 0.5)):
+        states[name], retraced = run(data, offset)
+        assert retraced == 0
+    closed_over, _ = train(lambda key, step: pick(second, jnp.float32(0.0), key, step), 3, state=given)
+    chex.assert_trees_all_close(states["second"].inner_params, closed_over.inner_params, rtol=1e-5)
+    for other in ("second", "offset"):
+        assert np.max(np.abs(states[other].inner_params - states["first"].inner_params)) > 1e-3
+
+
+@dataclasses.dataclass
+class Batches:
+    """A sampler that cannot be hashed, and whose == is that of its arrays: ambiguous."""
+
+    x: Any
+
+    def __call__(self, key: jax.Array, step: jax.Array) -> Any:
+        batch = {"x": self.x, "y": jnp.sin(self.x[:, 0]), "step": step, "draw": jnp.float32(0)}
+        return batch, batch
+
+
+def test_samplers_are_told_apart_by_identity() -> None:
+    rng = np.random.default_rng(0)
+    for x in rng.normal(size=(2, N, 3)).astype(np.float32):
+        _, history = train(Batches(x), 2)
+        np.testing.assert_allclose(history["inner/mean"], np.mean(x), rtol=1e-5)
 
 
 @every_kind

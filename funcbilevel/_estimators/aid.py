@@ -73,7 +73,7 @@ def aid(linear_solver: LinearSolver | lineax.AbstractLinearSolver[Any], warm_sta
     ) -> tuple[InnerSolution, Hypergradient]:
         del key
         inner = solve(outer_params)
-        theta, problem = inner.fit.params, as_parametric(problem, model, inner.fit.model_state)
+        theta, problem = inner.fit.params, as_parametric(problem, model, inner.fit.model_state, inner_batch)
 
         value, aux, g_exp, rhs = outer_derivatives(problem, outer_params, theta, outer_batch)
         hessian = inner_curvature(problem, outer_params, theta, inner_batch)

@@ -37,9 +37,9 @@ def alternating() -> Estimator:
         key: Key | None,
         /,
     ) -> tuple[InnerSolution, Hypergradient]:
-        del inner_batch, key
+        del key
         inner = solve(outer_params)
-        parametric = as_parametric(problem, model, inner.fit.model_state)
+        parametric = as_parametric(problem, model, inner.fit.model_state, inner_batch)
         (value, aux), g_exp = jax.value_and_grad(
             lambda omega: outer_value(parametric, omega, inner.fit.params, outer_batch), has_aux=True
         )(outer_params)

@@ -5,16 +5,18 @@ from typing import Any
 
 from funcbilevel._check import check_prediction, problem_inputs
 from funcbilevel._estimator import Adjoint, AdjointSystem, Estimator, Hypergradient, InnerSolution, InnerSolve
-from funcbilevel._model import Model
 from funcbilevel._problem import (
     FunctionalProblem,
     inner_cross_derivative,
     inner_curvature,
     mean_over_devices,
     outer_derivatives,
+    predictor,
 )
 from funcbilevel._tree import all_finite, stays_finite, tree_add_scaled
 from funcbilevel._typing import Batch, Key, OuterParams, PyTree
+
+BATCHES = ("inner_batch", "outer_batch")
 
 
 def funcid(adjoint: Adjoint) -> Estimator:
@@ -64,8 +66,11 @@ def funcid(adjoint: Adjoint) -> Estimator:
         /,
     ) -> tuple[InnerSolution, Hypergradient]:
         inner = solve(outer_params)
-        v_P, x_P = _predict(problem, model, inner, inner_batch, "inner_batch")
-        v_Q, x_Q = _predict(problem, model, inner, outer_batch, "outer_batch")
+        x_P, x_Q = (problem_inputs("funcid", problem, b, n) for b, n in zip((inner_batch, outer_batch), BATCHES))
+        h = predictor(problem, model, outer_params, inner.fit.params, inner_batch, inner.fit.model_state)
+        v_P, v_Q = h(x_P), h(x_Q)
+        for v, x, name in zip((v_P, v_Q), (x_P, x_Q), BATCHES):
+            check_prediction("funcid", "prediction", v, x, name)
 
         value, aux, g_exp, d = outer_derivatives(problem, outer_params, v_Q, outer_batch)
         C = inner_curvature(problem, outer_params, v_P, inner_batch)
@@ -78,12 +83,3 @@ def funcid(adjoint: Adjoint) -> Estimator:
         return inner, Hypergradient(tree_add_scaled(g_exp, 1.0, g_imp), g_exp, g_imp, value, new_state, metrics)
 
     return Estimator(adjoint.init, estimate, functional=True)
-
-
-def _predict(
-    problem: FunctionalProblem, model: Model, inner: InnerSolution, batch: Batch, batch_name: str
-) -> tuple[PyTree, PyTree]:
-    inputs = problem_inputs("funcid", problem, batch, batch_name)
-    prediction, _ = model.apply(inner.fit.params, inner.fit.model_state, inputs)
-    check_prediction("funcid", "prediction", prediction, inputs, batch_name)
-    return prediction, inputs

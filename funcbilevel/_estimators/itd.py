@@ -61,14 +61,14 @@ def itd(num_steps: int, mode: Literal["reverse", "forward"] = "reverse", remat: 
         key: Key | None,
         /,
     ) -> tuple[InnerSolution, Hypergradient]:
-        del inner_batch, key
+        del key
 
         def unrolled(
             explicit: OuterParams, implicit: OuterParams
         ) -> tuple[jax.Array, tuple[jax.Array, Metrics, InnerSolution]]:
             """L_out(explicit, theta_T(implicit)): the same omega by its two ways into the outer objective."""
             inner = solve(implicit, remat=remat)
-            parametric = as_parametric(problem, model, inner.fit.model_state)
+            parametric = as_parametric(problem, model, inner.fit.model_state, inner_batch)
             value, aux = outer_value(parametric, explicit, inner.fit.params, outer_batch)
             return value, (value, aux, inner)
 

@@ -7,15 +7,20 @@ import optax
 
 from funcbilevel._check import check_like, check_number, check_optimizer
 from funcbilevel._estimator import Adjoint, AdjointSystem
+from funcbilevel._features import Features, check_is_features, evaluate_features
 from funcbilevel._fit import FitState, fit
 from funcbilevel._model import Model
 from funcbilevel._problem import FunctionalProblem
 from funcbilevel._tree import tree_vdot
-from funcbilevel._typing import Batch, Key, Metrics, ModelState, Prediction, PyTree
+from funcbilevel._typing import Batch, Inputs, Key, Metrics, ModelState, Prediction, PyTree
 
 
 def learned_adjoint(
-    optimizer: optax.GradientTransformation, num_steps: int, model: Model | None = None, warm_start: bool = True
+    optimizer: optax.GradientTransformation,
+    num_steps: int,
+    model: Model | None = None,
+    warm_start: bool = True,
+    features: Features | None = None,
 ) -> Adjoint:
     r"""A network a_xi, trained for `num_steps` steps per outer step on
 
@@ -32,6 +37,9 @@ def learned_adjoint(
             architecture, with its own parameters.
         warm_start: whether parameters and optimizer state go on from the previous outer step; if not, they are
             drawn anew from each call's key.
+        features: `(inner_params, inputs) -> [n, p]`, or a `Model` that shares the prediction model's parameters and
+            state: what the adjoint's model is called on instead of the inputs, evaluated once per outer step. With a
+            small `model` (a linear layer, say) this is a learned adjoint that cannot overfit as a whole network can.
 
     Returns:
         An `Adjoint` for `funcid`. Its metrics: `adjoint_objective`, L_adj at the last step, before its update.
@@ -39,7 +47,8 @@ def learned_adjoint(
     Raises:
         TypeError: `optimizer` or `model` is not one; (at trace time) the adjoint's dtype is not the prediction's.
         ValueError: `num_steps` < 1; no key was given where one is needed; (at trace time) the adjoint's output has
-            another structure or shape than the prediction.
+            another structure or shape than the prediction; `features` without `model`, or a prediction model of
+            `variable_projection` without `model`.
 
     Example:
         >>> estimator = fb.funcid(fb.learned_adjoint(optax.adam(1e-3), num_steps=10))
@@ -47,13 +56,33 @@ def learned_adjoint(
     References:
         Petrulionyte, Mairal, Arbel, NeurIPS 2024, https://arxiv.org/abs/2403.20233, algorithm 1 (AdjointOpt).
     """
-    check_optimizer("learned_adjoint", "optimizer", optimizer)
-    check_number("learned_adjoint", "num_steps", num_steps)
+    name = "learned_adjoint"
+    check_optimizer(name, "optimizer", optimizer)
+    check_number(name, "num_steps", num_steps)
     if not (model is None or isinstance(model, Model)):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(
             f"learned_adjoint: model must be an fb.Model or None, got {type(model).__name__}; wrap it with "
             "fb.from_linen, fb.from_nnx or fb.from_function."
         )
+
+    if features is not None:
+        check_is_features(name, features)
+        if model is None:
+            raise ValueError(
+                f"{name}: model is None, but features are given; pass the model that turns them into the adjoint, "
+                "for example model=fb.from_linen(flax.linen.Dense(<outputs>))."
+            )
+
+    def network(prediction_model: Model) -> Model:
+        if model is None and prediction_model.head is not None:
+            raise ValueError(
+                f"{name}: model is None, but the prediction model's linear head is solved for and not trained; pass "
+                "model=<the adjoint's model>."
+            )
+        return model or prediction_model
+
+    def adjoint_inputs(inner: FitState, inputs: Inputs) -> Inputs:
+        return inputs if features is None else evaluate_features(name, features, inner, inputs)
 
     def start(key: Key | None, prediction_model: Model, x_P: PyTree) -> FitState:
         if key is None:
@@ -61,21 +90,22 @@ def learned_adjoint(
                 "learned_adjoint: key is None, but the adjoint network has to be initialised; pass "
                 "key=jax.random.key(seed), or the state of an earlier call (with warm_start=True)."
             )
-        params, model_state = (model or prediction_model).init(key, x_P)
+        params, model_state = network(prediction_model).init(key, x_P)
         return FitState(params, optimizer.init(params), model_state)
 
     def init(
         key: Key | None, problem: FunctionalProblem, prediction_model: Model, inner: FitState, inner_batch: Batch, /
     ) -> PyTree:
-        del inner
-        return start(key, prediction_model, problem.inputs(inner_batch)) if warm_start else ()
+        if not warm_start:
+            return ()
+        return start(key, prediction_model, adjoint_inputs(inner, problem.inputs(inner_batch)))
 
     def fit_adjoint(
         system: AdjointSystem, prediction_model: Model, inner: FitState, state: PyTree, key: Key | None, /
     ) -> tuple[Prediction, PyTree, Metrics]:
-        del inner
         C, d, v_P, x_P, x_Q, mean = system
-        apply = (model or prediction_model).apply
+        x_P, x_Q = adjoint_inputs(inner, x_P), adjoint_inputs(inner, x_Q)
+        apply = network(prediction_model).apply
         state = state if warm_start else start(key, prediction_model, x_P)
 
         def value_and_grad(params: PyTree, model_state: ModelState, _: Any) -> Any:

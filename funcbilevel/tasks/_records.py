@@ -87,6 +87,8 @@ class Options:
     """The options that every task has; a task adds its own and `run`."""
 
     task: ClassVar[str]
+    resumable: ClassVar[bool] = False
+    """Whether a run may go on in the directory of an earlier one with the same settings."""
     seed: int = 0
     """Seed of all random numbers."""
     output_dir: Path | None = None
@@ -110,14 +112,21 @@ def run_directory(options: Options) -> Path:
     """Makes the directory of a new run and writes its config.json.
 
     Raises:
-        FileExistsError: the directory holds something already.
+        FileExistsError: the directory holds something already, and not an earlier part of the same, resumable run.
     """
     directory = options.output_dir or Path("runs") / f"{options.task}-{datetime.now():%Y%m%d-%H%M%S}"
     directory.mkdir(parents=True, exist_ok=True)
+    config = json.dumps({"task": options.task} | options.settings(), indent=2) + "\n"
+    path = directory / "config.json"
     if any(directory.iterdir()):
-        raise FileExistsError(f"{directory} is not empty; pass another --output-dir.")
-    config = {"task": options.task} | options.settings()
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if not options.resumable or not path.exists():
+            raise FileExistsError(f"{directory} is not empty; pass another --output-dir.")
+        if path.read_text(encoding="utf-8") != config:
+            raise FileExistsError(
+                f"{directory} holds a run with other settings (its config.json); pass the same ones to go on with it, "
+                "or another --output-dir."
+            )
+    path.write_text(config, encoding="utf-8")
     return directory
 
 
