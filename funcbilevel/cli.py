@@ -5,13 +5,13 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, Union
 
-from funcbilevel.tasks import _records, iv_commands, schooling
+from funcbilevel.tasks import _records, demand, iv_commands, schooling
 
 # command -> its help and its tasks: a new task is one entry, and so is a new command.
 COMMANDS: dict[str, tuple[str, dict[str, type[_records.Options]]]] = {
     "run": (
         "Run a task and write its results to a directory.",
-        {"schooling": schooling.Schooling, "iv": iv_commands.RunIV},
+        {"schooling": schooling.Schooling, "iv": iv_commands.RunIV, "demand": demand.Demand},
     ),
     "compare": ("Compare methods over seeds; resumable.", {"iv": iv_commands.CompareIV}),
 }

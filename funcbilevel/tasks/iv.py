@@ -209,7 +209,7 @@ def _gradient_penalty(features: fb.Model, k: int, penalty: float) -> fb.Estimato
 
 _AID_TRIALS = ((10, 1.0), (10, 0.1), (2, 1.0), (10, 10.0), (10, 100.0))  # (CG steps, damping)
 METHODS: dict[str, Method] = {
-    "funcid-linear": Method(_funcid_linear, tuple({"ridge": r} for r in (0.2, 2.0, 20.0)), choice=2),
+    "funcid-linear": Method(_funcid_linear, tuple({"ridge": r} for r in (0.2, 2.0, 20.0)), choice=1),
     "funcid-learned": Method(_funcid_learned, tuple({"learning_rate": r} for r in (1e-2, 1e-3, 1e-1)), choice=2),
     "dfiv": Method(_dfiv, tuple({"outer_learning_rate": r} for r in (3e-3, 1e-3, 2e-3))),
     "aid-cg": Method(_aid, tuple({"num_steps": k, "damping": d} for k, d in _AID_TRIALS), choice=4),

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy import stats
 
 import funcbilevel as fb
 from funcbilevel.tasks import _records, dsprites, iv
+from funcbilevel.tasks._statistics import bootstrap_interval, paired_p_value
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -401,7 +401,6 @@ def summarise(runs: list[_records.Record], costs: list[_records.Record]) -> list
         values = by_method[name]
         common = sorted(values.keys() & by_method[best].keys())
         differences = np.array([values[seed] - by_method[best][seed] for seed in common])
-        testable = name != best and len(common) >= 5 and np.any(differences)
         sample = np.array(list(values.values()))
         low, high = np.quantile(sample, (0.25, 0.75))
         cost = measured.get(name, {})
@@ -412,7 +411,7 @@ def summarise(runs: list[_records.Record], costs: list[_records.Record]) -> list
                 medians[name],
                 (float(low), float(high)),
                 bootstrap_interval(sample),
-                _wilcoxon(differences) if testable else None,
+                paired_p_value(differences) if name != best else None,
                 cost.get("ratio"),
                 cost.get("temp_bytes"),
             )
@@ -420,22 +419,7 @@ def summarise(runs: list[_records.Record], costs: list[_records.Record]) -> list
     return rows
 
 
-def _wilcoxon(differences: np.ndarray[Any, Any]) -> float:
-    result: Any = stats.wilcoxon(differences)
-    return float(result.pvalue)
-
-
-def bootstrap_interval(sample: np.ndarray[Any, Any]) -> tuple[float, float]:
-    """The 95% percentile bootstrap interval of the median."""
-    if len(sample) < 2 or np.ptp(sample) == 0:
-        return float(sample[0]), float(sample[0])
-    interval: Any = stats.bootstrap(
-        (sample,), np.median, method="percentile", rng=np.random.default_rng(0)
-    ).confidence_interval
-    return float(interval.low), float(interval.high)
-
-
-HEADER = ("method", "seeds", "median", "quartiles", "95% of median", "p", "time", "temp MiB")
+HEADER = ("method", "seeds", "median", "quartiles", "95% CI", "p", "time", "MiB")
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -462,16 +446,17 @@ def _comparison_table(rows: list[Row]) -> "RenderableType":
     from rich.console import Group  # noqa: PLC0415
     from rich.table import Table  # noqa: PLC0415
 
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, title="Test MSE on dSprites", title_justify="left")
+    title = "Test MSE on dSprites: medians over seeds, their bootstrap intervals, cost"
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, title=title, title_justify="left", padding=(0, 1, 0, 0))
     for name in HEADER:
         table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
     for row in rows:
         table.add_row(*_cells(row))
     note = (
         f"p: paired Wilcoxon test against {rows[0].method}. time: one outer step over one bare forward and backward "
-        "pass of the treatment network on the inner pictures, measured side by side."
+        "pass of the treatment network on the inner pictures, measured side by side. MiB: XLA's temporary buffers."
     )
-    return Group(table, "", textwrap.fill(note, 98))
+    return Group(table, "", textwrap.fill(note, 78))
 
 
 def draw_comparison(directory: Path, rows: list[Row], path: Path, title: str) -> None:
