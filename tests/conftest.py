@@ -24,3 +24,10 @@ def x64():
     """float64 for the length of a test."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_programs():
+    """Every compiled program holds memory maps, of which a process may have 65,530: then LLVM crashes."""
+    yield
+    jax.clear_caches()
