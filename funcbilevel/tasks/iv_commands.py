@@ -238,7 +238,7 @@ class CompareIV(_Shared):
                 self._one(directory, "runs", method, setting, chosen[method], seed, data, track)
             if self.references:
                 _run_references(directory, done, self.n, seed, source, B)
-        if self.costs:
+        if self.costs and not (directory / "costs.jsonl").exists():
             _measure(directory / "costs.jsonl", setting, chosen, iv.arrays(self.n, self.seed, source, B))
         rows = summarise(list(_read(directory / "runs.jsonl")), list(_read(directory / "costs.jsonl")))
         (directory / "table.md").write_text(markdown(rows), encoding="utf-8")
@@ -341,8 +341,6 @@ def _run_references(directory: Path, done: set[Any], n: int, seed: int, source: 
 
 def _measure(path: Path, setting: iv.Setting, chosen: dict[str, iv.Hyper], data: iv.Arrays) -> None:
     """One outer step of each method beside one bare forward and backward pass of the treatment network."""
-    if path.exists():
-        return
     calls: dict[str, Any] = {}
     for method, hyper in chosen.items():
         solver = iv.solver(method, setting, hyper).bilevel
