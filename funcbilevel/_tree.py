@@ -38,6 +38,21 @@ def tree_where(condition: jax.Array, a: PyTree, b: PyTree) -> PyTree:
     return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)
 
 
+def num_bytes(tree: PyTree) -> int:
+    """Size of all leaves together."""
+    return sum(jnp.size(x) * jnp.result_type(x).itemsize for x in jax.tree.leaves(tree))
+
+
+def evaluated_after(earlier: PyTree, tree: PyTree) -> PyTree:
+    """`tree`, but what is made of it comes after `earlier` in the compiled program; zeros where that is not finite.
+
+    For the sake of memory. `jax.lax.optimization_barrier` has that purpose, but XLA drops it on CPUs before it puts
+    the program in order; a condition stays.
+    """
+    finite = all_finite([x.ravel()[:1] for x in jax.tree.leaves(earlier)])
+    return jax.lax.cond(finite, lambda t: t, lambda t: jax.tree.map(jnp.zeros_like, t), tree)
+
+
 def all_finite(*trees: PyTree) -> jax.Array:
     """Scalar bool: no floating leaf holds NaN or inf."""
     leaves = [x for x in jax.tree.leaves(trees) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]

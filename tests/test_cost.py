@@ -49,8 +49,8 @@ def test_funcid_needs_less_memory_than_aid_and_grows_more_slowly_with_depth():
     funcid, aid = (
         {depth: temp_bytes(method, 5, depth) for depth in (4, 12)} for method in ("funcid-learned", "aid-cg")
     )
-    assert all(funcid[depth] < aid[depth] for depth in funcid)
-    assert funcid[12] - funcid[4] < 0.9 * (aid[12] - aid[4])
+    assert all(funcid[depth] < 0.6 * aid[depth] for depth in funcid)
+    assert funcid[12] - funcid[4] < 0.6 * (aid[12] - aid[4])
 
 
 def test_linear_adjoint_adds_no_memory_that_grows_with_depth():

@@ -11,7 +11,7 @@ from funcbilevel._features import Features, check_is_features, evaluate_features
 from funcbilevel._fit import FitState, fit
 from funcbilevel._model import Model
 from funcbilevel._problem import FunctionalProblem
-from funcbilevel._tree import tree_vdot
+from funcbilevel._tree import evaluated_after, num_bytes, tree_vdot
 from funcbilevel._typing import Batch, Inputs, Key, Metrics, ModelState, Prediction, PyTree
 
 
@@ -103,20 +103,27 @@ def learned_adjoint(
     def fit_adjoint(
         system: AdjointSystem, prediction_model: Model, inner: FitState, state: PyTree, key: Key | None, /
     ) -> tuple[Prediction, PyTree, Metrics]:
-        C, d, v_P, x_P, x_Q, mean = system
+        C, d, _, x_P, x_Q, mean = system
         x_P, x_Q = adjoint_inputs(inner, x_P), adjoint_inputs(inner, x_Q)
         apply = network(prediction_model).apply
         state = state if warm_start else start(key, prediction_model, x_P)
 
         def value_and_grad(params: PyTree, model_state: ModelState, _: Any) -> Any:
-            a_P, pull_P = jax.vjp(lambda xi: apply(xi, model_state, x_P)[0], params)
             a_Q, pull_Q = jax.vjp(lambda xi: apply(xi, model_state, x_Q)[0], params)
             mend = "give learned_adjoint a model whose output is like the prediction model's."
-            check_like("learned_adjoint", "the adjoint model's output", a_P, v_P, mend)
+            check_like("learned_adjoint", "the adjoint model's output", a_Q, d, mend)
+            (grad_Q,) = pull_Q(d)
+            # One batch after the other, so that only the activations of one are in memory.
+            xi, x = params, x_P
+            if num_bytes(x_P) < num_bytes(params):
+                x = evaluated_after(grad_Q, x_P)
+            else:
+                xi = evaluated_after(grad_Q, params)
+            a_P, pull_P = jax.vjp(lambda xi: apply(xi, model_state, x)[0], xi)
             Ca = C(a_P)
             value = 0.5 * tree_vdot(a_P, Ca) + tree_vdot(a_Q, d)
             # C is symmetric, so the gradient of the quadratic term at a_P is C a_P: one product, not two.
-            (grad_P,), (grad_Q,) = pull_P(Ca), pull_Q(d)
+            (grad_P,) = pull_P(Ca)
             return (value, ({}, model_state)), mean(jax.tree.map(lambda p, q: p + q, grad_P, grad_Q))
 
         state, value, _ = fit(value_and_grad, optimizer, num_steps, state, None)
