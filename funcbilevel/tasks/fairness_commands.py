@@ -1,0 +1,710 @@
+"""`funcbilevel run fairness` and `funcbilevel compare fairness`: one method, or all of them over settings and seeds."""
+
+import json
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import funcbilevel as fb
+from funcbilevel.tasks import _records, fairness, fairness_data
+from funcbilevel.tasks.fairness import Hyper, Setting
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+Interval: TypeAlias = tuple[float, float, float]
+"""(mean, low, high)."""
+Data: TypeAlias = Literal["synthetic", "adult", "health", "nba"]
+COLOURS = {
+    "single-objective": "0.35",
+    "lagrangian": "C0",
+    "alternating": "C1",
+    "alternating, simultaneous": "C8",
+    "leaky-alternating": "C5",
+    "frozen-follower": "0.6",
+    "aid-cg": "C3",
+    "aid-neumann": "C6",
+    "itd": "C4",
+    "penalty-value": "C2",
+}
+_STYLE: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10}
+
+
+@dataclass(frozen=True)
+class _Shared(_records.Options):
+    dataset: Data = "synthetic"
+    """Drawn by scikit-learn, UCI Adult, Heritage Health, or the NBA graph."""
+    data: Path | None = None
+    """Of adult and nba the directory of the files, of health the file; by default $FUNCBILEVEL_ADULT_DIR,
+    $FUNCBILEVEL_NBA_DIR, $FUNCBILEVEL_HEALTH_CSV, or else (not health) downloaded."""
+    attributes: tuple[str, ...] = ("sex",)
+    """Of adult, what to be fair by: sex, race, or both."""
+
+    def check(self) -> None:
+        """Raises a ValueError that names an option out of range."""
+        if self.data is not None and not self.data.exists():
+            raise ValueError(f"--data: there is no {self.data}.")
+        for name in ("num_epochs", "batch_size", "seeds", "chunk", "inner_steps", "etas"):
+            if (value := getattr(self, name, None)) is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}.")
+        if self.attributes != ("sex",) and self.dataset != "adult":
+            raise ValueError(f"--attributes are those of adult, got {self.attributes} with --dataset {self.dataset}.")
+
+    def settings(self) -> dict[str, Any]:
+        """The options that decide the numbers; not where the data are."""
+        return {name: value for name, value in super().settings().items() if name != "data"}
+
+    def load(self, seed: int = 0) -> fairness_data.Dataset:
+        """The data that the options ask for; of the NBA graph, which is small, each seed divides the nodes anew."""
+        try:
+            if self.dataset == "adult":
+                return fairness_data.adult(self.data, self.attributes)
+            if self.dataset == "health":
+                return fairness_data.health(self.data)
+            if self.dataset == "nba":
+                return fairness_data.nba(self.data, seed=seed)
+        except FileNotFoundError as error:
+            raise ValueError(f"--data: {error}") from error
+        return fairness_data.synthetic()
+
+
+# One run.
+
+
+@dataclass(frozen=True)
+class RunFairness(_Shared):
+    """A classifier that should be accurate and fair, trained by one method, with live progress and a figure."""
+
+    task = "fairness"
+    method: str = "aid-cg"
+    """One of single-objective, lagrangian, alternating, leaky-alternating, frozen-follower, aid-cg, aid-neumann, itd,
+    penalty-value."""
+    eta: float = 10.0
+    """Weight of the unfairness."""
+    loss: str = "demographic-parity"
+    """The follower's: demographic-parity, absolute-parity, published-parity, equalized-odds, equal-opportunity,
+    worst-group."""
+    num_epochs: int = 30
+    """Passes over the training part."""
+    batch_size: int = 200
+    """Rows per step; of a graph always all."""
+    leader_rate: float = 2e-3
+    """Adam's, for the accuracy layers."""
+    follower_rate: float = 2e-3
+    """Adam's, for the fairness layers."""
+    follower_accuracy: float = 1.0
+    """Weight of the cross entropy in the follower's objective; FairBiNN has 0."""
+    leader_fairness: float = 0.0
+    """Weight of the unfairness in the leader's objective, as a multiple of eta."""
+    inner_steps: int = 5
+    """The follower's steps per step of the leader; with leaky-alternating 1."""
+    accuracy_widths: tuple[int, ...] = (64, 64)
+    """The leader's layers, the output included unless the fairness layers stand last."""
+    fairness_widths: tuple[int, ...] = (1,)
+    """The follower's layers; by default the output layer."""
+    position: int = 3
+    """Where the fairness layers stand: 1 is before all accuracy layers."""
+    update: Literal["sequential", "simultaneous"] = "sequential"
+    """In alternating: the follower first, or both players at once after one forward pass."""
+    chunk: int = 2
+    """Epochs between two evaluations."""
+
+    def check(self) -> None:
+        """Raises a ValueError that names an option out of range."""
+        super().check()
+        if self.method not in fairness.METHODS:
+            raise ValueError(f"--method must be one of {', '.join(fairness.METHODS)}, got {self.method!r}.")
+        if self.loss not in fairness.LOSSES:
+            raise ValueError(f"--loss must be one of {', '.join(fairness.LOSSES)}, got {self.loss!r}.")
+        fairness.layers(self.accuracy_widths, self.fairness_widths, self.position)
+
+    def run(self, directory: Path, track: _records.Track) -> "RenderableType":
+        """Writes metrics.jsonl, its curves and fairness.png into `directory`; returns a table."""
+        dataset = self.load(self.seed)
+        setting = Setting(
+            self.accuracy_widths,
+            self.fairness_widths,
+            self.position,
+            self.loss,
+            None if self.dataset == "nba" else self.batch_size,
+            update=self.update,
+            inner_steps=1 if self.method == "leaky-alternating" else self.inner_steps,
+            damping=0.1,
+            solver_steps=10,
+            leader_decay=0.5,
+            follower_decay=0.5,
+            decay_epochs=max(1, self.num_epochs // 5),
+        )
+        hyper = Hyper(self.eta, self.leader_rate, self.follower_rate, self.follower_accuracy, self.leader_fairness)
+        epochs = self.num_epochs
+        callback = track(self.method, epochs)
+        outcome = fairness.sweep(
+            self.method, setting, dataset, [hyper], [self.seed], epochs, chunk=self.chunk, callback=callback
+        )
+        write(directory, self.method, dataset, setting, outcome, epochs)
+        draw_run(self.method, outcome.cells[0], directory / "fairness.png")
+        return _run_report(self.method, dataset, setting, outcome)
+
+
+def settings_of(dataset: fairness_data.Dataset, setting: Setting, hyper: Hyper, num_epochs: int) -> dict[str, Any]:
+    """What a record says of a run, as it comes back from JSON."""
+    settings = {"dataset": dataset.name, "attributes": dataset.attributes, "num_epochs": num_epochs}
+    whole: dict[str, Any] = json.loads(json.dumps(settings | setting._asdict() | hyper._asdict()))
+    return whole
+
+
+def write(
+    directory: Path,
+    method: str,
+    dataset: fairness_data.Dataset,
+    setting: Setting,
+    outcome: fairness.Sweep,
+    num_epochs: int,
+) -> None:
+    """The records go to runs.jsonl, the curves to runs-curves.jsonl; seconds are the cell's share of the sweep's."""
+    share = outcome.seconds / len(outcome.cells)
+    with (directory / "runs-curves.jsonl").open("a", encoding="utf-8") as file:
+        for cell in outcome.cells:
+            curves = {name: [float(f"{value:.5g}") for value in values] for name, values in cell.curves.items()}
+            key = {"dataset": dataset.name, "method": method, "seed": cell.seed, "eta": cell.hyper.eta}
+            file.write(json.dumps(key | curves) + "\n")
+    for cell in outcome.cells:
+        metrics = {name: float(f"{value:.6g}") for name, value in cell.metrics.items()}
+        metrics |= {"sweep_cells": len(outcome.cells), "sweep_seconds": outcome.seconds}
+        metrics |= {"sweep_epoch_seconds": outcome.epoch_seconds, "majority": majority_accuracy(dataset)}
+        settings = settings_of(dataset, setting, cell.hyper, num_epochs)
+        _records.append(
+            directory / "runs.jsonl", _records.record("fairness", method, cell.seed, settings, metrics, share)
+        )
+
+
+def majority_accuracy(dataset: fairness_data.Dataset) -> float:
+    """Test accuracy of giving everybody the more frequent label."""
+    positive = float(np.mean(dataset.test.y[dataset.test.weight > 0]))
+    return max(positive, 1 - positive)
+
+
+def _run_report(
+    method: str, dataset: fairness_data.Dataset, setting: Setting, outcome: fairness.Sweep
+) -> "RenderableType":
+    from rich.table import Table  # noqa: PLC0415
+
+    metrics = outcome.cells[0].metrics
+    row = fairness.layers(setting.accuracy_widths, setting.fairness_widths, setting.position)
+    sizes = [int(np.sum(part.weight)) for part in (dataset.train, dataset.validation, dataset.test)]
+    majority = majority_accuracy(dataset)
+    table = Table.grid(padding=(0, 2))
+    table.add_row("data", f"{dataset.name}, by {' and '.join(dataset.attributes)}")
+    table.add_row("rows", "{} training, {} validation, {} test".format(*sizes))
+    table.add_row(
+        "layers", " ".join(f"{width}{'*' if 'fair' in name else ''}" for name, width in row) + "  (*follower)"
+    )
+    table.add_row("method", method)
+    table.add_row("accuracy", f"{metrics['accuracy']:.3f}  (the majority's label: {majority:.3f})")
+    table.add_row("parity gap", f"{metrics['dp_gap']:.3f}  (of mean probabilities: {metrics['dp_gap_soft']:.3f})")
+    table.add_row("odds gap", f"{metrics['eo_gap']:.3f}  (of mean probabilities: {metrics['eo_gap_soft']:.3f})")
+    table.add_row("worst group", f"{metrics['worst_group_accuracy']:.3f}  accuracy")
+    table.add_row("seconds per epoch", f"{outcome.epoch_seconds:.2f}")
+    return table
+
+
+def draw_run(method: str, cell: fairness.Cell, path: Path) -> None:
+    """Test accuracy, gaps and both objectives by epoch, as a PNG."""
+    from matplotlib import rc_context  # noqa: PLC0415
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
+    epochs = cell.curves["epoch"]
+    marker = "." if len(epochs) < 40 else None
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(10, 3.2), layout="constrained")
+        accuracy, gaps, objectives = figure.subplots(1, 3)
+        accuracy.plot(epochs, cell.curves["accuracy"], color="C3", marker=marker)
+        accuracy.set_title(f"Test accuracy, {method}")
+        names = {"dp_gap": "parity, decisions", "dp_gap_soft": "parity, probabilities", "eo_gap": "odds, decisions"}
+        for (name, label), colour in zip(names.items(), ("C0", "C9", "C4"), strict=True):
+            gaps.plot(epochs, cell.curves[name], color=colour, marker=marker, label=label)
+        gaps.set_title("Differences between groups")
+        gaps.set_ylim(bottom=0)
+        gaps.legend(frameon=False, fontsize=7.5)
+        objectives.plot(epochs, cell.curves["outer_objective"], color="C3", marker=marker, label="leader")
+        objectives.plot(epochs, cell.curves["inner_objective"], color="C0", marker=marker, label="follower")
+        objectives.set_title("Training objectives")
+        objectives.legend(frameon=False, fontsize=7.5)
+        for axes in (accuracy, gaps, objectives):
+            axes.set_xlabel("Epoch")
+        figure.savefig(path, dpi=150)
+
+
+# All of them.
+
+
+class Variant(NamedTuple):
+    """A method as a protocol runs it.
+
+    Attributes:
+        method: its name.
+        setting: what differs from the protocol's setting.
+        hyper: its trials but for eta: each with each eta.
+    """
+
+    method: str
+    setting: Mapping[str, Any] = {}
+    hyper: tuple[Mapping[str, float], ...] = ({},)
+
+    @property
+    def label(self) -> str:
+        """The name in tables and figures."""
+        return label_of(self.method, self.setting.get("update", "sequential"))
+
+
+def label_of(method: str, update: str) -> str:
+    """The name in tables and figures of a method with one of the two updates."""
+    return f"{method}, simultaneous" if update == "simultaneous" else method
+
+
+class Protocol(NamedTuple):
+    """What `compare` runs.
+
+    Attributes:
+        setting: shared by all variants.
+        variants: methods with their trials.
+        etas: weights of the unfairness, unless --etas asks for others.
+        num_epochs: of training.
+        front: whether to compare Pareto fronts over the settings, or to show each setting by itself.
+    """
+
+    setting: Setting
+    variants: tuple[Variant, ...]
+    etas: tuple[float, ...]
+    num_epochs: int
+    front: bool
+
+
+_FIVE = Setting(loss="published-parity", leader_decay=0.5, follower_decay=0.9, decay_epochs=50)
+_RATES = ({"leader_rate": 1e-3, "follower_rate": 1e-5},)
+_REPRODUCED = (
+    Variant("single-objective", {}, _RATES),
+    Variant("lagrangian", {}, _RATES),
+    Variant("leaky-alternating", {}, _RATES),
+    Variant("frozen-follower", {}, _RATES),
+    Variant("alternating", {}, _RATES),
+    Variant("alternating", {"update": "simultaneous"}, _RATES),
+)
+# Two hidden layers of the leader's; the output layer is the follower's, which makes its problem small and well posed.
+_HEAD = Setting((64, 64), (1,), 3, batch_size=500, leader_decay=0.5, follower_decay=0.5, decay_epochs=10)
+_BILEVEL = {"inner_steps": 5, "damping": 0.1, "solver_steps": 10}
+_TRIAL = ({"leader_rate": 2e-3, "follower_rate": 2e-3, "follower_accuracy": 1.0},)
+_COMPARED = (
+    Variant("single-objective", {}, ({"leader_rate": 2e-3},)),
+    Variant("lagrangian", {}, ({"leader_rate": 2e-3},)),
+    Variant("alternating", _BILEVEL, _TRIAL),
+    Variant("leaky-alternating", {}, _TRIAL),
+    Variant("aid-cg", _BILEVEL, _TRIAL),
+    Variant("itd", _BILEVEL, _TRIAL),
+    Variant("penalty-value", _BILEVEL, _TRIAL),
+)
+PROTOCOLS: dict[str, Protocol] = {
+    "pareto": Protocol(_HEAD, _COMPARED, tuple(fairness.etas(0.3, 100.0, 8)), 50, front=True),
+    "graph": Protocol(
+        _HEAD._replace(batch_size=None, weight_decay=1e-3, decay_epochs=60),
+        _COMPARED,
+        tuple(fairness.etas(0.3, 100.0, 8)),
+        300,
+        front=True,
+    ),
+    # The public code's network, rates, loss and eta.
+    "published": Protocol(_FIVE, _REPRODUCED, (1e4,), 100, front=False),
+    # The article's: two accuracy layers, a fairness layer, an accuracy layer.
+    "article": Protocol(
+        _FIVE._replace(accuracy_widths=(101, 101, 1), position=3, batch_size=100),
+        _REPRODUCED,
+        (100.0, 1000.0),
+        50,
+        False,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class CompareFairness(_Shared):
+    """Methods over many weights of the unfairness and seeds. Run it again to go on where it stopped."""
+
+    task = "fairness"
+    resumable = True
+    dataset: Data = "adult"
+    """Drawn by scikit-learn, UCI Adult, Heritage Health, or the NBA graph."""
+    protocol: Literal["pareto", "graph", "published", "article"] = "pareto"
+    """pareto, and for nba graph: fronts under an equal tuning budget; published and article: FairBiNN's setting in its
+    public code and in its paper."""
+    methods: tuple[str, ...] = ()
+    """Methods to run; by default all of the protocol. The figure and the table show all that the directory holds."""
+    seeds: int = 5
+    """Number of seeds, from --seed on."""
+    num_epochs: int | None = None
+    """Passes over the training part; by default the protocol's."""
+    costs: bool = True
+    """Measure the time of one epoch of alternating over that of the Lagrangian."""
+    chunk: int = 10
+    """Epochs between two evaluations."""
+
+    def check(self) -> None:
+        """Raises a ValueError that names an option out of range."""
+        super().check()
+        known = dict.fromkeys(variant.method for variant in PROTOCOLS[self.protocol].variants)
+        if unknown := [method for method in self.methods if method not in known]:
+            raise ValueError(f"--methods must be among {', '.join(known)}, got {', '.join(unknown)}.")
+
+    def settings(self) -> dict[str, Any]:
+        """The options that decide the numbers, and not how many there are: a longer run may go on from a shorter."""
+        counts = ("seed", "seeds", "methods", "costs", "chunk")
+        return {name: value for name, value in super().settings().items() if name not in counts}
+
+    def run(self, directory: Path, track: _records.Track) -> "RenderableType":
+        """Adds what is missing to runs.jsonl, draws fairness.png, and returns the table (also table.md)."""
+        protocol = PROTOCOLS[self.protocol]
+        epochs, path = self.num_epochs or protocol.num_epochs, directory / "runs.jsonl"
+        done = {_identity(record) for record in _read(path)}
+        for variant in protocol.variants:
+            if not self.methods or variant.method in self.methods:
+                self._one(directory, protocol, variant, epochs, done, track)
+        if self.costs:
+            _measure(directory / "costs.jsonl", self.load(), protocol.setting)
+        rows = summarise(list(_read(path)), protocol.front)
+        (directory / "table.md").write_text(markdown(rows), encoding="utf-8")
+        draw_comparison(list(_read(path)), rows, directory / "fairness.png", f"{self.dataset}, {epochs} epochs")
+        return _comparison_table(rows, list(_read(directory / "costs.jsonl")))
+
+    def _one(
+        self,
+        directory: Path,
+        protocol: Protocol,
+        variant: Variant,
+        epochs: int,
+        done: set[tuple[str, int, str]],
+        track: _records.Track,
+    ) -> None:
+        """All runs of a variant that are not done: of a graph, whose division the seed decides, seed by seed."""
+        setting = protocol.setting._replace(**variant.setting)
+        weights = (0.0,) if variant.method == "single-objective" else protocol.etas
+        hypers = [Hyper(eta=eta, **trial) for eta in weights for trial in variant.hyper]
+        if self.dataset == "nba":
+            setting = setting._replace(batch_size=None)
+        all_seeds = range(self.seed, self.seed + self.seeds)
+        for seeds in [[seed] for seed in all_seeds] if self.dataset == "nba" else [all_seeds]:
+            dataset = self.load(seeds[0])
+            missing = [
+                hyper
+                for hyper in hypers
+                if any(
+                    (variant.method, seed, _key(settings_of(dataset, setting, hyper, epochs))) not in done
+                    for seed in seeds
+                )
+            ]
+            if missing:
+                callback = track(variant.label[:17], epochs)
+                outcome = fairness.sweep(
+                    variant.method, setting, dataset, missing, seeds, epochs, chunk=self.chunk, callback=callback
+                )
+                write(directory, variant.method, dataset, setting, outcome, epochs)
+
+
+def _read(path: Path) -> Iterator[_records.Record]:
+    return _records.read(path) if path.exists() else iter(())
+
+
+def _key(settings: Any) -> str:
+    return json.dumps(settings, sort_keys=True)
+
+
+def _identity(record: _records.Record) -> tuple[str, int, str]:
+    return record["method"], record["seed"], _key(record["settings"])
+
+
+def _measure(path: Path, dataset: fairness_data.Dataset, setting: Setting) -> None:
+    """One epoch of one cell of alternating, either update, beside one of the Lagrangian on the same network."""
+    if path.exists():
+        return
+    setting = setting._replace(inner_steps=1, inner_batch_size=None)
+    train = jax.tree.map(jnp.asarray, dataset.train)
+    keys, hyper = jnp.stack([jax.random.key(0)]), jax.tree.map(lambda value: jnp.array([value]), Hyper())
+    calls: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {}
+    for method, update in (
+        ("lagrangian", "simultaneous"),
+        ("alternating", "simultaneous"),
+        ("alternating", "sequential"),
+    ):
+        compiled = fairness.program(method, setting._replace(update=update), dataset.num_groups)
+        states = compiled.init(keys, hyper, train)
+        calls[f"{method} {update}"] = (compiled.epochs, (states, hyper, keys, train, 0, 1))
+    table = fb.measure_costs(calls)
+    for cost in table.rows:
+        method, update = cost.name.split()
+        metrics = {"seconds": cost.seconds, "ratio": cost.seconds / table.rows[0].seconds}
+        metrics |= {"seconds_low": cost.seconds_low, "seconds_high": cost.seconds_high}
+        metrics |= {"flops": cost.flops or np.nan, "temp_bytes": cost.temp_bytes}
+        settings = settings_of(dataset, setting._replace(update=update), Hyper(), 1)
+        _records.append(path, _records.record("fairness", method, 0, settings, metrics, cost.seconds))
+
+
+# What is shown of it.
+
+
+class Row(NamedTuple):
+    """One method at one of its settings; means over the seeds.
+
+    Attributes:
+        label: method and update.
+        eta: of the setting shown: each, or the one that validation chose.
+        trials: how many settings the method had.
+        accuracy, dp_gap, dp_gap_soft, eo_gap: on the test part.
+        largest_gap: the largest `dp_gap_soft` over the seeds, which the article reports.
+        hypervolume: (accuracy, 1 - dp_gap) of the front that validation chose, seed -> value; empty without a front.
+        difference: mean difference of the hypervolume to the Lagrangian's on the same seeds, and its 95% interval.
+        above: the same two above the reference point of `references`.
+    """
+
+    label: str
+    eta: float
+    trials: int
+    seeds: int
+    accuracy: float
+    dp_gap: float
+    dp_gap_soft: float
+    eo_gap: float
+    largest_gap: float
+    hypervolume: dict[int, float]
+    difference: Interval | None
+    above: dict[int, float]
+    above_difference: Interval | None
+
+
+def mean_interval(sample: Sequence[float]) -> Interval:
+    """(mean, low, high) with the 95% percentile bootstrap interval of the mean, 10,000 resamples of a fixed seed."""
+    array = np.array(sample)
+    means = np.random.default_rng(0).choice(array, (10_000, len(array))).mean(axis=1)
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(array.mean()), float(low), float(high)
+
+
+def label(record: _records.Record) -> str:
+    """Method and update of a record."""
+    return label_of(record["method"], record["settings"]["update"])
+
+
+def _values(record: _records.Record) -> dict[str, float]:
+    return {name: np.nan if value is None else value for name, value in record["metrics"].items()}
+
+
+def reference(runs: Sequence[_records.Record]) -> tuple[float, float]:
+    """The point that bounds the front from below: the majority's label, and accuracy only's gap (else a gap of 1)."""
+    alone = [1 - _values(record)["dp_gap"] for record in runs if record["method"] == "single-objective"]
+    majority = float(np.mean([_values(record)["majority"] for record in runs]))
+    return majority, float(np.mean(alone)) if alone else 0.0
+
+
+def _trial(record: _records.Record) -> str:
+    return _key(record["settings"])
+
+
+def summarise(runs: Sequence[_records.Record], front: bool) -> list[Row]:
+    """One row per method, with its front, or one per setting."""
+    labels = [name for name in COLOURS if any(label(record) == name for record in runs)]
+    point = reference(runs)
+    of = {name: [record for record in runs if label(record) == name] for name in labels}
+    volumes = {name: (_volumes(of[name], (0.0, 0.0)), _volumes(of[name], point)) for name in labels}
+    rows: list[Row] = []
+    for name in labels:
+        trials = dict.fromkeys(_trial(record) for record in of[name])
+        shown = [max(trials, key=lambda trial: _score(of[name], trial))] if front else list(trials)
+        plain, above = volumes[name]
+        for trial in shown:
+            records = [record for record in of[name] if _trial(record) == trial]
+            means = {
+                metric: float(np.mean([_values(record)[metric] for record in records]))
+                for metric in ("accuracy", "dp_gap", "dp_gap_soft", "eo_gap")
+            }
+            rows.append(
+                Row(
+                    name,
+                    float(records[0]["settings"]["eta"]),
+                    len(trials),
+                    len(records),
+                    **means,
+                    largest_gap=max(_values(record)["dp_gap_soft"] for record in records),
+                    hypervolume=plain if front else {},
+                    difference=_difference(volumes, name, 0) if front else None,
+                    above=above if front else {},
+                    above_difference=_difference(volumes, name, 1) if front else None,
+                )
+            )
+    return rows
+
+
+def _volumes(runs: Sequence[_records.Record], point: tuple[float, float]) -> dict[int, float]:
+    """Seed -> hypervolume of the front that the validation part chose among the seed's runs."""
+    by_seed: dict[int, list[dict[str, float]]] = {}
+    for record in runs:
+        by_seed.setdefault(record["seed"], []).append(_values(record))
+    return {seed: fairness.selected_hypervolume(cells, point) for seed, cells in sorted(by_seed.items())}
+
+
+def _score(runs: Sequence[_records.Record], trial: str) -> float:
+    """Validation accuracy less validation gap, the mean over the seeds."""
+    values = [_values(record) for record in runs if _trial(record) == trial]
+    score = np.mean([value["validation_accuracy"] - value["validation_dp_gap"] for value in values])
+    return float(np.nan_to_num(score, nan=-np.inf))
+
+
+def _difference(volumes: Mapping[str, tuple[dict[int, float], ...]], name: str, which: int) -> Interval | None:
+    if name == "lagrangian" or "lagrangian" not in volumes:
+        return None
+    mine, other = volumes[name][which], volumes["lagrangian"][which]
+    common = sorted(mine.keys() & other.keys())
+    return mean_interval([mine[seed] - other[seed] for seed in common]) if common else None
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    def volume(values: dict[int, float], difference: Interval | None, scale: float) -> tuple[str, str]:
+        mean = f"{scale * np.mean(list(values.values())):.{4 if scale == 1 else 2}f}"
+        if difference is None:
+            return mean, ""
+        digits = 4 if scale == 1 else 2
+        d, low, high = (scale * value for value in difference)
+        return mean, f"{d:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+
+    cells = (
+        row.label,
+        str(row.seeds),
+        f"{row.eta:g}",
+        f"{row.accuracy:.3f}",
+        f"{row.dp_gap:.3f}",
+        f"{row.dp_gap_soft:.3f}",
+        f"{row.eo_gap:.3f}",
+    )
+    if not row.hypervolume:
+        return (*cells, f"{row.largest_gap:.3f}")
+    return (
+        *cells,
+        str(row.trials),
+        *volume(row.hypervolume, row.difference, 1),
+        *volume(row.above, row.above_difference, 1e3),
+    )
+
+
+def header(rows: Sequence[Row]) -> tuple[str, ...]:
+    """The columns' names."""
+    shared = ("method", "seeds", "eta", "accuracy", "gap", "soft gap", "odds gap")
+    if not rows or not rows[0].hypervolume:
+        return (*shared, "largest soft gap")
+    return (
+        *shared,
+        "trials",
+        "hypervolume",
+        "less Lagrangian's [95% CI]",
+        "above ref. x1000",
+        "less Lagrangian's [95% CI]",
+    )
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The table in Markdown."""
+    names = header(rows)
+    lines = [names, ("---",) * len(names), *(_cells(row) for row in rows)]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def _comparison_table(rows: Sequence[Row], costs: Sequence[_records.Record]) -> "RenderableType":
+    from rich import box  # noqa: PLC0415
+    from rich.console import Group  # noqa: PLC0415
+    from rich.table import Table  # noqa: PLC0415
+
+    front = bool(rows and rows[0].hypervolume)
+    names = [
+        "method",
+        "eta",
+        "accuracy",
+        "gap",
+        *(("volume", "less Lagrangian's") if front else ("soft gap", "largest")),
+    ]
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    for name in names:
+        table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
+    for row in rows:
+        cells = _cells(row)
+        shown = (cells[0], *cells[2:5])
+        if front:
+            less = "" if row.difference is None else "{:+.3f} [{:+.3f}, {:+.3f}]".format(*row.difference)
+            table.add_row(*shown, f"{np.mean(list(row.hypervolume.values())):.3f}", less)
+        else:
+            table.add_row(*shown, cells[5], cells[7])
+    note = "Means over the seeds on the test part. gap: demographic parity of decisions; "
+    note += "" if front else "soft gap: of probabilities, and its largest value over the seeds. table.md has more."
+    if front:
+        note += (
+            "the setting shown is the one with the largest validation accuracy less gap; the hypervolume of (accuracy, "
+            "1 - gap), volume, is that of the settings on the validation part's front; its difference to the "
+            "Lagrangian's has a 95% bootstrap interval over seeds. table.md has more."
+        )
+    lines = [
+        f"{label(cost)}: {cost['metrics']['ratio']:.2f} times the Lagrangian's epoch"
+        for cost in costs
+        if cost["method"] != "lagrangian"
+    ]
+    return Group(table, "", textwrap.fill(note, 78), *lines)
+
+
+def draw_comparison(runs: Sequence[_records.Record], rows: Sequence[Row], path: Path, title: str) -> None:
+    """Test accuracy against gap of every setting (mean over seeds; seeds faint), hypervolumes by method, as a PNG."""
+    from matplotlib import rc_context  # noqa: PLC0415
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
+    names = list(dict.fromkeys(row.label for row in rows))
+    front = any(row.hypervolume for row in rows)
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(11, 4.4) if front else (6.5, 4.4), layout="constrained")
+        panels: Any = figure.subplots(1, 2 if front else 1, width_ratios=(1.5, 1) if front else None)
+        plane = panels[0] if front else panels
+        lows: list[float] = []
+        for name in names:
+            of_name = [record for record in runs if label(record) == name]
+            points = fairness.points([_values(record) for record in of_name])
+            trials = [_trial(record) for record in of_name]
+            means = np.array([points[[t == trial for t in trials]].mean(axis=0) for trial in dict.fromkeys(trials)])
+            best = fairness.pareto_front(means)
+            line = means[best][np.argsort(means[best][:, 1])]
+            lows.append(float(np.min(line[:, 0])))
+            colour = COLOURS[name]
+            plane.scatter(1 - points[:, 1], points[:, 0], s=5, color=colour, alpha=0.25, lw=0)
+            plane.scatter(1 - means[:, 1], means[:, 0], s=16, color=colour, lw=0, alpha=0.7)
+            plane.plot(1 - line[:, 1], line[:, 0], color=colour, marker="o", ms=4.5, lw=1.3, label=name)
+        plane.set(xlabel="Demographic parity gap of decisions (test)", ylabel="Accuracy (test)", title=title)
+        plane.set_xlim(left=-0.003)
+        bottom, majority = min(lows) - 0.012, reference(runs)[0]  # settings far below the fronts are left out
+        plane.set_ylim(bottom=bottom)
+        if majority > bottom:
+            plane.axhline(majority, color="0.7", lw=0.8, ls=":")
+            plane.annotate("majority's label", (0.0, majority), va="bottom", color="0.5", fontsize=7.5)
+        plane.legend(frameon=False, fontsize=7.5, loc="lower right")
+        if front:
+            _draw_volumes(panels[1], rows)
+        figure.savefig(path, dpi=150)
+
+
+def _draw_volumes(axes: Any, rows: Sequence[Row]) -> None:
+    """Hypervolume above the reference point by method, with its interval over seeds."""
+    for i, row in enumerate(reversed(rows)):
+        mean, low, high = mean_interval(list(row.above.values()))
+        axes.plot([1e3 * low, 1e3 * high], [i, i], color=COLOURS[row.label], lw=2)
+        values = 1e3 * np.array(list(row.above.values()))
+        axes.scatter(values, np.full(len(values), i), s=8, color=COLOURS[row.label], alpha=0.4, lw=0)
+        axes.plot(1e3 * mean, i, "o", color=COLOURS[row.label], ms=5)
+    axes.set_yticks(range(len(rows)), [row.label for row in reversed(rows)])
+    axes.set(
+        xlabel="Hypervolume above the reference point, x1000", title="Fronts chosen on validation, seeds and 95% CI"
+    )

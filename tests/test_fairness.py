@@ -1,0 +1,656 @@
+"""Fair classification: losses and metrics against fairlearn and by hand, the methods' updates, data, and commands."""
+
+import hashlib
+import itertools
+import json
+import os
+
+import fairlearn.metrics
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pandas as pd
+import pytest
+
+import funcbilevel as fb
+from funcbilevel import cli
+from funcbilevel.tasks import _records, fairness, fairness_commands, fairness_data
+from funcbilevel.tasks.fairness import Game, Hyper, Setting
+from funcbilevel.tasks.fairness_data import Batch, Graph
+
+SMALL = Setting((5, 1), (4,), 2, batch_size=20)
+
+
+def draw(n=200, num_groups=(2,), seed=0, zero_weights=False):
+    """(logits, batch) with rates that differ between groups."""
+    rng = np.random.default_rng(seed)
+    groups = np.stack([rng.integers(k, size=n) for k in num_groups], axis=1)
+    logits = rng.normal(size=n) + 0.5 * groups.sum(axis=1)
+    weight = (rng.uniform(size=n) < 0.7 if zero_weights else np.ones(n)).astype(np.float32)
+    y = (rng.uniform(size=n) < 0.4).astype(np.float32)
+    x = rng.normal(size=(n, 3)) + groups.sum(axis=1, keepdims=True)
+    batch = Batch(x.astype(np.float32), y, groups.astype(np.int32), weight)
+    return jnp.asarray(logits, jnp.float32), jax.tree.map(jnp.asarray, batch)
+
+
+# Metrics.
+
+
+@pytest.mark.parametrize("zero_weights", [False, True])
+@pytest.mark.parametrize("num_groups", [(2,), (4,)])
+def test_metrics_are_those_of_fairlearn(num_groups, zero_weights):
+    logits, batch = draw(num_groups=num_groups, zero_weights=zero_weights)
+    measured = fairness.measure(logits, batch, num_groups)
+    rows = np.asarray(batch.weight) > 0
+    y, s = np.asarray(batch.y)[rows], np.asarray(batch.groups)[rows, 0]
+    z = np.asarray(logits)[rows]
+    decision, p = (z > 0).astype(int), np.asarray(jax.nn.sigmoid(z))
+
+    def soft(chosen):
+        mean = lambda y_true, y_pred: np.mean(y_pred)
+        frame = fairlearn.metrics.MetricFrame(
+            metrics=mean, y_true=y[chosen], y_pred=p[chosen], sensitive_features=s[chosen]
+        )
+        return frame.difference()
+
+    by_group = fairlearn.metrics.MetricFrame(
+        metrics={"accuracy": lambda a, b: np.mean(a == b), "opportunity": fairlearn.metrics.true_positive_rate},
+        y_true=y,
+        y_pred=decision,
+        sensitive_features=s,
+    )
+    expected = {
+        "accuracy": np.mean(decision == y),
+        "dp_gap": fairlearn.metrics.demographic_parity_difference(y, decision, sensitive_features=s),
+        "eo_gap": fairlearn.metrics.equalized_odds_difference(y, decision, sensitive_features=s),
+        "dp_gap_soft": soft(y >= 0),
+        "eo_gap_soft": max(soft(y == 0), soft(y == 1)),
+        "opportunity_gap": by_group.difference()["opportunity"],
+        "worst_group_accuracy": by_group.group_min()["accuracy"],
+    }
+    assert measured.keys() == expected.keys()
+    for name, value in expected.items():
+        assert float(measured[name]) == pytest.approx(value, abs=2e-6), name
+    assert expected["dp_gap"] > 0.05
+
+
+def test_metrics_of_several_attributes_are_the_worst():
+    logits, batch = draw(num_groups=(2, 3))
+    both = fairness.measure(logits, batch, (2, 3))
+    apart = [fairness.measure(logits, batch._replace(groups=batch.groups[:, [a]]), (k,)) for a, k in enumerate((2, 3))]
+    for name in ("dp_gap", "dp_gap_soft", "eo_gap"):
+        assert both[name] == max(m[name] for m in apart)
+    assert both["worst_group_accuracy"] == min(m["worst_group_accuracy"] for m in apart)
+
+
+# Losses.
+
+
+def by_hand(name, logits, batch, num_groups):
+    """The losses' definitions in plain loops."""
+    p, y, w = (np.asarray(a, float) for a in (jax.nn.sigmoid(logits), batch.y, batch.weight))
+    ce = -(y * np.log(p) + (1 - y) * np.log1p(-p))
+    total = 0.0
+    for a, k in enumerate(num_groups):
+        s = np.asarray(batch.groups)[:, a]
+
+        def rates(values, rows, s=s, k=k):
+            return [np.mean(values[rows & (s == g)]) for g in range(k) if np.any(rows & (s == g))]
+
+        def pairs(values, rows, power):
+            means = rates(values, rows)
+            differences = [abs(m - n) ** power for i, m in enumerate(means) for n in means[:i]]
+            return np.mean(differences) if differences else 0.0
+
+        on = w > 0
+        if name == "demographic-parity":
+            total += pairs(p, on, 2)
+        elif name == "absolute-parity":
+            total += pairs(p, on, 1)
+        elif name == "equalized-odds":
+            total += 0.5 * (pairs(p, on & (y == 0), 2) + pairs(p, on & (y == 1), 2))
+        elif name == "equal-opportunity":
+            total += pairs(p, on & (y == 1), 2)
+        elif name == "worst-group":
+            total += max(rates(ce, on))
+        else:
+            twice = 1 / (1 + np.exp(-p))
+            total += 0.5 * (np.mean(twice[on & (s == 0)]) - np.mean(twice[on])) ** 2
+    return total
+
+
+@pytest.mark.parametrize("num_groups", [(2,), (4, 2)])
+@pytest.mark.parametrize("name", fairness.LOSSES)
+def test_losses_by_hand(name, num_groups):
+    logits, batch = draw(60, num_groups, zero_weights=True)
+    loss = fairness.LOSSES[name]
+    value = float(loss(logits, batch, num_groups))
+    assert value == pytest.approx(by_hand(name, logits, batch, num_groups), rel=2e-5)
+    assert value > 1e-5
+    gradient = jax.grad(loss)(logits, batch, num_groups)
+    assert np.any(gradient != 0)
+    np.testing.assert_array_equal(gradient[np.asarray(batch.weight) == 0], 0)
+    # A step against the gradient makes it smaller.
+    assert loss(logits - 0.1 * gradient / jnp.linalg.norm(gradient), batch, num_groups) < value
+
+
+@pytest.mark.parametrize("name", fairness.LOSSES)
+def test_losses_survive_absent_groups(name):
+    logits, batch = draw(40, (3,))
+    present = batch._replace(groups=jnp.minimum(batch.groups, 1))
+    loss = fairness.LOSSES[name]
+    with_absent, without = (jax.value_and_grad(loss)(logits, present, (k,)) for k in (3, 2))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), with_absent, without)
+    alone = batch._replace(groups=jnp.full_like(batch.groups, 2))
+    value, gradient = jax.value_and_grad(loss)(logits, alone, (3,))
+    assert np.all(np.isfinite(gradient))
+    if name == "worst-group":
+        assert value == pytest.approx(float(fairness.accuracy_loss(logits, batch)), rel=1e-6)
+    else:
+        assert value == 0.0
+    nobody = batch._replace(weight=jnp.zeros(40))
+    assert np.all(np.isfinite(jax.grad(loss)(logits, nobody, (3,))))
+
+
+# Networks.
+
+
+@pytest.mark.parametrize(
+    ("position", "names"),
+    [
+        (1, ["fairness_0", "fairness_1", "accuracy_0", "accuracy_1"]),
+        (2, ["accuracy_0", "fairness_0", "fairness_1", "accuracy_1"]),
+        (3, ["accuracy_0", "accuracy_1", "fairness_0", "fairness_1"]),
+    ],
+)
+def test_position(position, names):
+    row = fairness.layers((8, 1), (4, 1), position)
+    assert [name for name, _ in row] == names
+    params = fairness.MLP(row).init(jax.random.key(0), jnp.ones((2, 3)))["params"]
+    widths = [3, *(width for _, width in row)]
+    assert [params[name]["kernel"].shape for name in names] == list(itertools.pairwise(widths))
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (((8, 1), (4,), 0), "position must be from 1 .* to 3"),
+        (((8, 1), (4,), 4), "position must be from 1 .* to 3"),
+        (((8, 1), (4,), 3), r"must be 1 wide, got widths \[8, 1, 4\]"),
+        (((8, 0), (4,), 2), "all of them at least 1"),
+        (((8, 1), (), 2), "at least one width each"),
+    ],
+)
+def test_bad_layers(args, message):
+    with pytest.raises(ValueError, match=message):
+        fairness.layers(*args)
+
+
+def test_networks_and_their_parts():
+    row = fairness.layers((6, 1), (5,), 2)
+    rng = np.random.default_rng(0)
+    edges = rng.integers(7, size=(12, 2))
+    graph = Graph(jnp.asarray(rng.normal(size=(7, 3)), jnp.float32), jnp.asarray(fairness_data.normalised(edges, 7)))
+    inputs = {fairness.MLP: jnp.ones((4, 3)), fairness.CNN: jnp.ones((4, 8, 8, 2)), fairness.GCN: graph}
+    for kind, x in inputs.items():
+        network = fairness.network(x, row)
+        assert isinstance(network, kind)
+        params = network.init(jax.random.key(0), x)
+        assert network.apply(params, x).shape == (7 if kind is fairness.GCN else 4,)
+        _, follower, _ = fb.partition(params, fairness.is_followers)
+        assert [leaf.shape[-1] for leaf in jax.tree.leaves(follower)] == [5, 5]
+    # A graph's nodes in another order: the same logits in that order. Neighbours matter, strangers do not.
+    logits = network.apply(params, graph)
+    order = rng.permutation(7)
+    shuffled = Graph(graph.features[order], graph.adjacency[order][:, order])
+    np.testing.assert_allclose(network.apply(params, shuffled), logits[order], rtol=1e-4, atol=1e-6)
+    lonely = Graph(graph.features, jnp.eye(7))
+    assert not np.allclose(network.apply(params, lonely), logits, atol=1e-4)
+
+
+def test_normalised_adjacency():
+    a = fairness_data.normalised(np.array([[0, 1], [1, 0], [1, 2]]), 4)
+    expected = np.array([[1, 1, 0, 0], [1, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 1]]) / np.sqrt(
+        np.outer(*2 * ([2, 3, 2, 1],))
+    )
+    np.testing.assert_allclose(a, expected, rtol=1e-6)
+
+
+# Updates.
+
+RATES = Hyper(eta=3.0, leader_rate=0.1, follower_rate=0.2)
+
+
+def recorder(rate):
+    """Gradient descent that keeps the gradient it got."""
+    init = lambda params: jax.tree.map(jnp.zeros_like, params)
+    update = lambda grads, state, params=None: (jax.tree.map(lambda g: -rate * g, grads), grads)
+    return optax.GradientTransformation(init, update)
+
+
+def play(method, hyper=RATES, setting=SMALL, steps=1, rates=(0.1, 0.2)):
+    """(batch, accuracy loss and unfairness of two parts, the parts at the start, the state after the steps)."""
+    _, batch = draw(30)
+    dtype = jnp.result_type(float)
+    batch = batch._replace(x=batch.x.astype(dtype), y=batch.y.astype(dtype), weight=batch.weight.astype(dtype))
+    network = fairness.network(batch.x, fairness.layers(*setting[:3]))
+    params = jax.tree.map(lambda p: 3.0 * p, network.init(jax.random.key(0), batch.x))  # else the gap is tiny
+    leader, follower, merge = fb.partition(params, fairness.is_followers)
+    logits = lambda omega, theta, x: network.apply(merge(omega, theta), x)
+    unfair = lambda z, batch: fairness.demographic_parity(z, batch, (2,))
+    game = Game(logits, unfair, hyper, setting, *(recorder(rate) for rate in rates))
+    solver = fairness.METHODS[method](game)
+    state = solver.init(jax.random.key(1), leader, None, follower)
+    for _ in range(steps):
+        state, metrics = jax.jit(solver.step)(state, batch, batch)
+    accuracy = lambda omega, theta: fairness.accuracy_loss(logits(omega, theta, batch.x), batch)
+    unfairness = lambda omega, theta: unfair(logits(omega, theta, batch.x), batch)
+    assert np.isfinite(metrics["outer_objective"])
+    return accuracy, unfairness, leader, follower, state
+
+
+def assert_close(a, b, rtol=1e-4):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=1e-6), a, b)
+
+
+def moved(params, gradient, rate):
+    return jax.tree.map(lambda p, g: p - rate * g, params, gradient)
+
+
+def test_sequential_and_simultaneous_update():
+    for update in ("sequential", "simultaneous"):
+        accuracy, unfairness, omega, theta, state = play("alternating", setting=SMALL._replace(update=update))
+        g_theta = jax.tree.map(lambda g: 3.0 * g, jax.grad(unfairness, argnums=1)(omega, theta))
+        assert_close(state.inner_opt_state, g_theta)
+        assert_close(state.inner_params, moved(theta, g_theta, 0.2))
+        seen = moved(theta, g_theta, 0.2) if update == "sequential" else theta
+        assert_close(state.outer_opt_state, jax.grad(accuracy)(omega, seen))
+        assert_close(state.outer_params, moved(omega, state.outer_opt_state, 0.1))
+
+
+@pytest.mark.parametrize("update", ["sequential", "simultaneous"])
+def test_alternating_does_not_leak(update):
+    """With a follower that stays where it is, the leader's gradient does not know eta; the leaky one does."""
+    still = {"setting": SMALL._replace(update=update), "rates": (0.1, 0.0)}
+    results = [play("alternating", RATES._replace(eta=eta), **still)[-1] for eta in (1.0, 1e5)]
+    jax.tree.map(np.testing.assert_array_equal, *(state.outer_opt_state for state in results))
+    assert not np.allclose(*(jax.tree.leaves(state.inner_opt_state)[0] for state in results))
+
+
+def test_leaky_alternating_adds_the_followers_gradient():
+    accuracy, unfairness, omega, theta, state = play("leaky-alternating")
+    theta_after = moved(theta, jax.tree.map(lambda g: 3 * g, jax.grad(unfairness, argnums=1)(omega, theta)), 0.2)
+    assert_close(state.inner_params, theta_after)
+    leak = jax.grad(unfairness)(omega, theta)
+    expected = jax.tree.map(lambda g, leak: g + 3 * leak, jax.grad(accuracy)(omega, theta_after), leak)
+    assert_close(state.outer_opt_state, expected)
+    assert max(np.max(np.abs(leaf)) for leaf in jax.tree.leaves(leak)) > 1e-3
+    # In the second step the follower's parameters before its step are those after the first.
+    second = play("leaky-alternating", steps=2)[-1]
+    leak = jax.grad(unfairness)(state.outer_params, state.inner_params)
+    g = jax.grad(accuracy)(state.outer_params, second.inner_params)
+    assert_close(second.outer_opt_state, jax.tree.map(lambda g, leak: g + 3 * leak, g, leak))
+
+
+def test_lagrangian_is_gradient_descent_on_one_objective():
+    accuracy, unfairness, omega, theta, state = play("lagrangian", steps=3)
+    for _ in range(3):
+        objective = lambda parts: accuracy(*parts) + 3.0 * unfairness(*parts)
+        omega, theta = moved((omega, theta), jax.grad(objective)((omega, theta)), 0.1)
+    assert_close((state.outer_params, state.inner_params), (omega, theta))
+
+
+def test_controls():
+    accuracy, unfairness, omega, theta, state = play("frozen-follower")
+    jax.tree.map(np.testing.assert_array_equal, state.inner_params, theta)
+    assert_close(state.outer_opt_state, jax.grad(lambda o: accuracy(o, theta) + 3.0 * unfairness(o, theta))(omega))
+    single = [play("single-objective", RATES._replace(eta=eta))[-1] for eta in (0.0, 1e5)]
+    jax.tree.map(np.testing.assert_array_equal, *(state.outer_params for state in single))
+    assert_close(single[0].outer_opt_state, jax.grad(accuracy)(omega, theta))
+
+
+def test_implicit_and_unrolled_see_the_followers_response(x64):
+    """Follower: the output layer, trained to its optimum; both hypergradients are the total derivative."""
+    setting = SMALL._replace(
+        accuracy_widths=(4,), fairness_widths=(1,), position=2, inner_steps=3000, solver_steps=20, damping=0.0
+    )
+    hyper = RATES._replace(follower_accuracy=1.0)
+    gradients = {}
+    for method in ("aid-cg", "itd", "alternating", "penalty-value"):
+        of = setting._replace(penalty=300.0)
+        gradients[method] = play(method, hyper, of, rates=(0.1, 1.0))[-1].outer_opt_state
+    flat = {name: np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(g)]) for name, g in gradients.items()}
+    scale = np.linalg.norm(flat["itd"])
+    assert np.linalg.norm(flat["aid-cg"] - flat["itd"]) < 0.02 * scale
+    assert np.linalg.norm(flat["penalty-value"] - flat["itd"]) < 0.1 * scale
+    assert np.linalg.norm(flat["alternating"] - flat["itd"]) > 0.2 * scale
+
+
+def test_simultaneous_shares_the_forward_pass():
+    _, batch = draw(30)
+
+    def products(method, update):
+        compiled = fairness.program(method, SMALL._replace(update=update, batch_size=None), (2,))
+        hyper, keys = jax.tree.map(lambda x: jnp.array([x]), RATES), jax.random.split(jax.random.key(0), 1)
+        states = compiled.init(keys, hyper, batch)
+        text = compiled.epochs.lower(states, hyper, keys, batch, 0, 1).as_text()
+        return text.count("stablehlo.dot_general")
+
+    # Three layers: forward 3, to the leader's weights 2 and through layers 2; to the follower's weights 1 more and
+    # through a layer 1 more, which the Lagrangian's backward pass has already. The loss makes the same number for all.
+    lagrangian, both = products("lagrangian", "sequential"), products("alternating", "simultaneous")
+    assert lagrangian < both < products("alternating", "sequential")
+    assert products("single-objective", "sequential") == lagrangian
+
+
+# Sweeps.
+
+
+@pytest.fixture(scope="module")
+def data():
+    return fairness_data.synthetic(n=160)
+
+
+def test_cells_of_a_sweep_are_the_runs_by_themselves(data):
+    method = "alternating"
+    hypers = [Hyper(1.0, 0.01, 0.01), Hyper(20.0, 0.003, 0.02)]
+    together = fairness.sweep(method, SMALL, data, hypers, [3, 4], 3, chunk=2)
+    assert [(cell.hyper, cell.seed) for cell in together.cells] == [(h, s) for h in hypers for s in (3, 4)]
+    assert fairness.program(method, SMALL, (2,)).epochs._cache_size() == 1  # two chunks of different length
+    cell = together.cells[3]
+    (alone,) = fairness.sweep(method, SMALL, data, [cell.hyper], [cell.seed], 3, chunk=3).cells
+    assert alone.metrics.keys() == cell.metrics.keys()
+    assert all(cell.metrics[k] == pytest.approx(v, rel=2e-3, abs=2e-3) for k, v in alone.metrics.items())
+    objectives = [cell.metrics["outer_objective"] for cell in together.cells]
+    assert len(set(objectives)) == 4
+    assert together.cells[0].curves["epoch"] == [2.0, 3.0]
+
+
+def test_training_learns_and_eta_narrows_the_gap(data):
+    setting = SMALL._replace(batch_size=None)
+    cells = fairness.sweep("lagrangian", setting, data, [Hyper(0.0, 0.02), Hyper(100.0, 0.02)], [0, 1], 60).cells
+    plain, fair = ([cell.metrics for cell in cells if cell.hyper.eta == eta] for eta in (0.0, 100.0))
+    mean = lambda group, name: np.mean([metrics[name] for metrics in group])
+    assert mean(plain, "outer_objective") < 0.6
+    assert mean(fair, "train_unfairness") < 0.1 * mean(plain, "train_unfairness")
+
+
+def test_separate_inner_batch_and_decay(data):
+    setting = SMALL._replace(inner_batch_size=30, leader_decay=0.5, follower_decay=0.0, decay_epochs=1, inner_steps=2)
+    (cell,) = fairness.sweep("alternating", setting, data, [Hyper(1.0, 0.01, 0.01)], [0], 3, chunk=1).cells
+    assert cell.metrics["inner_finite"] == 1.0
+    # Four steps make an epoch; after it the follower's rate is zero and the leader's halved, so it goes on alone.
+    longer = fairness.sweep("alternating", setting, data, [Hyper(1.0, 0.01, 0.01)], [0], 1, chunk=1).cells[0]
+    assert cell.curves["outer_objective"][0] == pytest.approx(longer.metrics["outer_objective"])
+
+
+@pytest.mark.parametrize(
+    ("method", "setting", "message"),
+    [
+        ("leaky", SMALL, "method must be one of single-objective, lagrangian,.*got 'leaky'"),
+        ("itd", SMALL._replace(loss="parity"), "loss must be one of demographic-parity,.*got 'parity'"),
+        ("itd", SMALL._replace(update="both"), "update must be 'sequential' or 'simultaneous', got 'both'"),
+        ("itd", SMALL._replace(position=9), "position must be from 1"),
+    ],
+)
+def test_bad_setting(method, setting, message):
+    with pytest.raises(ValueError, match=message):
+        fairness.program(method, setting, (2,))
+
+
+# Fronts.
+
+
+def test_front_and_hypervolume():
+    points = np.array([[0.8, 0.5], [0.7, 0.9], [0.6, 0.9], [0.8, 0.4], [0.7, 0.9]])
+    assert fairness.pareto_front(points).tolist() == [True, True, False, False, True]
+    assert fairness.hypervolume(points) == pytest.approx(0.8 * 0.5 + 0.7 * 0.4)
+    assert fairness.hypervolume(points, (0.5, 0.45)) == pytest.approx(0.3 * 0.05 + 0.2 * 0.4)
+    assert fairness.hypervolume(points, (0.9, 0.0)) == 0.0
+    rng = np.random.default_rng(0)
+    many, probes = rng.uniform(size=(20, 2)), rng.uniform(size=(200_000, 2))
+    dominated = (probes[:, None] <= many).all(axis=2).any(axis=1)
+    assert fairness.hypervolume(many) == pytest.approx(dominated.mean(), abs=5e-3)
+    assert fairness.hypervolume(many[fairness.pareto_front(many)]) == pytest.approx(fairness.hypervolume(many))
+
+
+def test_the_front_is_selected_on_validation():
+    cell = lambda a, g, va, vg: {"accuracy": a, "dp_gap": g, "validation_accuracy": va, "validation_dp_gap": vg}
+    # The third looks best on test, but not on validation; the fourth broke.
+    cells = [cell(0.8, 0.2, 0.8, 0.2), cell(0.7, 0.1, 0.7, 0.1), cell(0.9, 0.0, 0.6, 0.3), cell(*4 * [np.nan])]
+    assert fairness.selected_hypervolume(cells) == pytest.approx(0.8 * 0.8 + 0.7 * 0.1)
+
+
+# Data.
+
+ROWS = {
+    "adult.data": [
+        "39, State-gov, 77516, Bachelors, 13, Never-married, Adm-clerical, Not-in-family, White, Male, 2174, 0, 40, "
+        "United-States, <=50K",
+        "50, Private, 83311, HS-grad, 9, Divorced, Sales, Husband, Black, Female, 0, 0, 13, Cuba, >50K",
+        "38, ?, 215646, HS-grad, 9, Divorced, Sales, Husband, White, Male, 0, 0, 40, United-States, <=50K",
+        "28, Private, 338409, Masters, 14, Divorced, Sales, Wife, White, Female, 0, 1902, 60, Cuba, >50K",
+        "20, Private, 338409, Masters, 14, Divorced, Sales, Wife, Other, Male, 10, 5, 50, Cuba, <=50K",
+    ],
+    "adult.test": [
+        "90, Never-worked, 226802, Masters, 7, Divorced, Sales, Wife, Black, Male, 0, 0, 40, Cuba, >50K.",
+        "25, Private, 226802, Masters, 7, Divorced, Sales, Wife, Black, Female, 0, 0, 40, ?, <=50K.",
+        "25, Private, 226802, Masters, 7, Divorced, Sales, Wife, Black, Female, 0, 0, 40, Cuba, <=50K.",
+    ],
+}
+
+
+def write_adult(directory, header):
+    for name, rows in ROWS.items():
+        first = [header] if header else ["|1x3 Cross validator"] * (name == "adult.test")
+        (directory / name).write_text("\n".join([*first, *rows, "", ""]))
+    return directory
+
+
+@pytest.mark.parametrize("header", ["", ", ".join([*fairness_data._ADULT_COLUMNS[:-1], "Y"])])
+def test_adult(tmp_path, header):
+    dataset = fairness_data.adult(write_adult(tmp_path, header), ("sex", "race"), validation=0.25)
+    assert [len(part.y) for part in (dataset.train, dataset.validation, dataset.test)] == [3, 1, 2]
+    assert dataset.num_groups == (2, 3)
+    assert dataset.test.y.tolist() == [1.0, 0.0]
+    assert dataset.test.groups.tolist() == [[1, 0], [0, 0]]  # Female, Male; Black, Other, White
+    # five numbers, sex in one column, and 2 + 3 + 2 + 2 + 3 + 3 + 2 categories
+    assert dataset.train.x.shape[1] == 5 + 1 + 17
+    assert np.min(dataset.train.x) == 0.0
+    assert np.max(dataset.train.x) == 1.0
+    ages = np.array([39, 50, 28, 20])
+    kept = sorted(fairness_data.split(4, (0.25,), 0)[1].tolist())
+    low, high = ages[kept].min(), ages[kept].max()
+    assert dataset.test.x[0, 0] == pytest.approx((90 - low) / (high - low))  # scaled by the training part alone
+    assert np.sum(dataset.test.x[0, 5:] != 0) == 7  # "Never-worked" is unknown: eight categories less one
+    assert np.sum(dataset.test.x[1, 5:] != 0) == 7  # "Female" is the zero of its column
+
+
+def test_adult_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.setenv(fairness_data.ADULT_VARIABLE, str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"adult\.data; FUNCBILEVEL_ADULT_DIR must name"):
+        fairness_data.adult()
+    with pytest.raises(ValueError, match=r"attributes must be among workclass.*got \['colour'\]"):
+        fairness_data.adult(attributes=("sex", "colour"))
+    write_adult(tmp_path, "")
+    (tmp_path / "adult.test").write_text(ROWS["adult.test"][0].replace(">50K.", "rich"))
+    with pytest.raises(ValueError, match=r"adult\.test: the last column must be <=50K or >50K, got rich"):
+        fairness_data.adult()
+
+
+def test_fetch_compares_checksums(tmp_path):
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_text("data")
+    right = hashlib.sha256(b"data").hexdigest()
+    with pytest.raises(OSError, match=f"has SHA-256 {right}, not 00"):
+        fairness_data.fetch(source.as_uri(), target, "00")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    fairness_data.fetch(source.as_uri(), target, right)
+    assert target.read_text() == "data"
+    source.unlink()
+    fairness_data.fetch(source.as_uri(), target, right)  # it is there already
+
+
+@pytest.mark.skipif(fairness_data.ADULT_VARIABLE not in os.environ, reason="FUNCBILEVEL_ADULT_DIR is not set")
+def test_the_real_adult():
+    dataset = fairness_data.adult(attributes=("sex", "race"))
+    assert len(dataset.train.y) + len(dataset.validation.y) == 30162
+    assert len(dataset.test.y) == 15060
+    assert dataset.train.x.shape[1] == 102
+    assert dataset.num_groups == (2, 5)
+    gap = fairness.gap(*fairness.group_rates(dataset.test.y, dataset.test.groups[:, 0], 2, dataset.test.weight))
+    assert float(gap) == pytest.approx(0.20, abs=0.01)  # of the labels themselves
+
+
+@pytest.mark.skipif(fairness_data.NBA_VARIABLE not in os.environ, reason="FUNCBILEVEL_NBA_DIR is not set")
+def test_the_real_nba():
+    dataset = fairness_data.nba()
+    weights = np.stack([part.weight for part in (dataset.train, dataset.validation, dataset.test)])
+    assert weights.sum(axis=1).tolist() == [100, 71, 142]
+    assert weights.sum(axis=0).max() == 1.0
+    assert dataset.train.x.features.shape == (403, 96)
+    assert np.all(np.isfinite(dataset.train.x.features))
+    assert not np.array_equal(fairness_data.nba(seed=1).train.weight, dataset.train.weight)
+
+
+def test_health(tmp_path, monkeypatch):
+    rng, n = np.random.default_rng(0), 60
+    age = rng.integers(9, size=n)
+    columns = {
+        "MemberID_t": np.arange(n),
+        "YEAR_t": np.where(np.arange(n) < 50, "Y3", "Y2"),
+        "DaysInHospital": rng.integers(3, size=n),
+        "trainset": 1,
+        "sexMISS": np.arange(n) == 0,
+        "age_MISS": np.arange(n) == 1,
+        **{f"age_{k}5": age == k for k in range(9)},
+        "sexMALE": np.arange(n) % 2 == 0,
+        "sexFEMALE": np.arange(n) % 2 == 1,
+        **{f"CharlsonIndexI_{s}": np.arange(n) % 4 for s in ("max", "min", "ave", "range", "stdev")},
+        "no_Claims": rng.normal(size=n),
+        "LabCount_total": rng.normal(size=n),
+    }
+    path = tmp_path / "health.csv"
+    pd.DataFrame({name: np.multiply(v, 1) if name != "YEAR_t" else v for name, v in columns.items()}).to_csv(path)
+    monkeypatch.setenv(fairness_data.HEALTH_VARIABLE, str(path))
+    dataset = fairness_data.health()
+    parts = (dataset.train, dataset.validation, dataset.test)
+    assert [len(part.y) for part in parts] == [30, 8, 10]
+    assert dataset.num_groups == (9,)
+    assert sum(float(np.sum(part.y)) for part in parts) == 36 - 0  # of rows 2..49, those with row % 4 != 0
+    assert dataset.train.x.shape[1] == 7  # index, sexMISS, age_MISS, two features, age, sex
+    np.testing.assert_allclose(
+        dataset.train.x[:, -2] * np.ptp(dataset.train.groups) + dataset.train.groups.min(),
+        dataset.train.groups[:, 0],
+        rtol=1e-5,
+    )
+    with pytest.raises(FileNotFoundError, match="cannot be downloaded"):
+        fairness_data.health(tmp_path / "nothing.csv")
+    pd.read_csv(path).drop(columns=["age_45", "YEAR_t"]).to_csv(path)
+    with pytest.raises(ValueError, match="the columns YEAR_t, age_45 are missing"):
+        fairness_data.health()
+
+
+def test_synthetic_groups_go_with_labels():
+    dataset = fairness_data.synthetic(n=4000, bias=1.0)
+    rows = dataset.train
+    gap = fairness.gap(*fairness.group_rates(jnp.asarray(rows.y), jnp.asarray(rows.groups[:, 0]), 2, jnp.ones(2000)))
+    assert 0.3 < float(gap) < 0.6  # sigmoid(1) - sigmoid(-1) = 0.46
+    again = fairness_data.synthetic(n=4000, bias=1.0)
+    jax.tree.map(np.testing.assert_array_equal, again.test, dataset.test)
+
+
+# Commands.
+
+
+def test_run(tmp_path, capsys):
+    directory = tmp_path / "run"
+    few = ["--num-epochs", "3", "--accuracy-widths", "6", "1", "--fairness-widths", "5", "--batch-size", "500"]
+    few += ["--position", "2", "--method", "alternating"]
+    cli.main(["run", "fairness", "--output-dir", str(directory), "--seed", "2", *few])
+    output = capsys.readouterr()
+    table = output.out.split(str(directory))[1]
+    assert max(map(len, table.splitlines())) <= 80
+    for word in ("4000 training, 2000 validation, 2000 test", "6 5* 1", "alternating", "parity gap"):
+        assert word in table
+    assert "alternating       3 outer steps, accuracy 0." in output.err
+    names = ["config.json", "fairness.png", "runs-curves.jsonl", "runs.jsonl"]
+    assert sorted(path.name for path in directory.iterdir()) == names
+    (record,) = _records.read(directory / "runs.jsonl")
+    assert record["task"] == "fairness"
+    assert record["method"] == "alternating"
+    assert record["settings"]["dataset"] == "synthetic"
+    assert {"accuracy", "dp_gap", "dp_gap_soft", "eo_gap"} <= record["metrics"].keys()
+    assert f"{record['metrics']['accuracy']:.3f}" in table
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["run", "fairness", "--method", "fair"], "--method must be one of single-objective"),
+        (["run", "fairness", "--loss", "parity"], "--loss must be one of demographic-parity"),
+        (["run", "fairness", "--num-epochs", "0"], "--num-epochs must be at least 1, got 0"),
+        (["run", "fairness", "--position", "5"], "position must be from 1"),
+        (["run", "fairness", "--data", "/nowhere"], "--data: there is no /nowhere"),
+        (["run", "fairness", "--attributes", "race"], "--attributes are those of adult"),
+        (["compare", "fairness", "--methods", "dfiv"], "--methods must be among single-objective.*got dfiv"),
+        (["compare", "fairness", "--seeds", "0"], "--seeds must be at least 1"),
+    ],
+)
+def test_bad_options(tmp_path, args, message):
+    with pytest.raises(SystemExit, match=message):
+        cli.main([*args, "--output-dir", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+
+
+def test_compare(tmp_path, capsys, monkeypatch):
+    variants = (
+        fairness_commands.Variant("single-objective"),
+        fairness_commands.Variant("lagrangian", {}, ({"leader_rate": 0.01}, {"leader_rate": 0.003})),
+        fairness_commands.Variant("alternating", {"update": "simultaneous"}),
+    )
+    protocol = fairness_commands.Protocol(SMALL._replace(batch_size=400), variants, (1.0, 30.0), 2, front=True)
+    monkeypatch.setitem(fairness_commands.PROTOCOLS, "pareto", protocol)
+    directory = tmp_path / "runs"
+    args = ["compare", "fairness", "--dataset", "synthetic", "--output-dir", str(directory), "--no-costs"]
+    cli.main([*args, "--seeds", "2", "--methods", "lagrangian"])
+    assert len(list(_records.read(directory / "runs.jsonl"))) == 8
+    capsys.readouterr()
+    cli.main([*args, "--seeds", "2"])
+    output = capsys.readouterr()
+    assert "lagrangian" not in output.err  # its runs are there
+    records = list(_records.read(directory / "runs.jsonl"))
+    assert len(records) == 8 + 2 + 4
+    lines = (directory / "table.md").read_text().splitlines()
+    labels = [line.split("|")[1].strip() for line in lines[2:]]
+    assert labels == ["single-objective", "lagrangian", "alternating, simultaneous"]
+    assert [len(line.split("|")) for line in lines] == 5 * [14]
+    assert lines[3].split("|")[8].strip() == "4"  # trials
+    assert max(map(len, output.out.split("Means over")[0].splitlines()[1:])) <= 90
+    assert (directory / "fairness.png").stat().st_size > 20_000
+    # The table's difference, from the records.
+    of = lambda method, seed: [r["metrics"] for r in records if r["method"] == method and r["seed"] == seed]
+    volume = lambda method, seed: fairness.selected_hypervolume(of(method, seed))
+    difference = np.mean([volume("single-objective", s) - volume("lagrangian", s) for s in (0, 1)])
+    assert lines[2].split("|")[10].strip().startswith(f"{difference:+.4f}")
+
+
+def test_compare_shows_each_setting_of_a_reproduction(tmp_path, capsys, monkeypatch):
+    article = fairness_commands.PROTOCOLS["article"]
+    few = article._replace(setting=SMALL._replace(batch_size=1000, loss="published-parity"), num_epochs=1)
+    few = few._replace(variants=(fairness_commands.Variant("leaky-alternating"),))
+    monkeypatch.setitem(fairness_commands.PROTOCOLS, "article", few)
+    args = ["--dataset", "synthetic", "--protocol", "article", "--seeds", "2", "--output-dir", str(tmp_path)]
+    cli.main(["compare", "fairness", *args])
+    table = (tmp_path / "table.md").read_text()
+    assert [line.split("|")[3].strip() for line in table.splitlines()[2:]] == ["100", "1000"]
+    costs = list(_records.read(tmp_path / "costs.jsonl"))
+    assert [(c["method"], c["settings"]["update"]) for c in costs] == [
+        ("lagrangian", "simultaneous"),
+        ("alternating", "simultaneous"),
+        ("alternating", "sequential"),
+    ]
+    assert costs[0]["metrics"]["ratio"] == 1.0
+    assert "times the Lagrangian's epoch" in capsys.readouterr().out
+    assert json.loads((tmp_path / "config.json").read_text())["protocol"] == "article"

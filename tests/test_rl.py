@@ -1,0 +1,531 @@
+"""Model-based reinforcement learning: the Bellman problem's derivatives, environment, buffer, training, commands."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import funcbilevel as fb
+from funcbilevel import cli
+from funcbilevel.tasks import _records, rl, rl_cartpole, rl_commands, rl_pendulum
+
+SETTING = rl.Setting(
+    steps=110, q_width=8, batch_size=16, random_steps=20, evaluation_interval=30, evaluation_episodes=3
+)
+
+
+@pytest.fixture(scope="module")
+def cartpole():
+    return rl_cartpole.environment()._replace(horizon=15)
+
+
+def some_transitions(rng, n, k=4, num_actions=2, dtype=np.float64):
+    return rl.Transition(
+        jnp.asarray(rng.normal(size=(n, k)), dtype),
+        jnp.asarray(rng.integers(num_actions, size=n), jnp.int32),
+        jnp.asarray(rng.normal(size=n), dtype),
+        jnp.asarray(rng.normal(size=(n, k)), dtype),
+        jnp.asarray(rng.integers(2, size=n), dtype),
+    )
+
+
+# The problem.
+
+
+def test_targets_by_hand(x64):
+    rng = np.random.default_rng(0)
+    transition = some_transitions(rng, 5)
+    q = rng.normal(size=(2, 5, 2))
+    bellman = rl.Bellman(lambda params, observation: jnp.asarray(q) * params, None, discount=0.9, alpha=0.3)
+    smaller = np.minimum(q[0], q[1])
+    V = 0.3 * np.log(np.exp(smaller[:, 0] / 0.3) + np.exp(smaller[:, 1] / 0.3))
+    expected = np.asarray(transition.reward) + 0.9 * (1 - np.asarray(transition.terminal)) * V
+    batch = rl.Batch(transition, 1.0)
+    np.testing.assert_allclose(bellman.true_target(batch), expected, rtol=1e-12)
+    v = rng.normal(size=(5, 2))
+    error = np.mean(0.5 * (v[:, 0] - expected) ** 2 + 0.5 * (v[:, 1] - expected) ** 2)
+    np.testing.assert_allclose(bellman.true_error(None, jnp.asarray(v), batch), error, rtol=1e-12)
+
+
+@pytest.fixture
+def networks(x64, cartpole):
+    """(Bellman, omega, theta, batch) of random networks in float64."""
+
+    def double(tree):
+        return jax.tree.map(lambda x: x.astype(jnp.float64) + 0.1 * jnp.sin(jnp.arange(x.size).reshape(x.shape)), tree)
+
+    @jax.jit
+    def init(keys):
+        omega = double(rl.init_world_model(keys[0], cartpole, 5))
+        return omega, *(double(rl.init_q(key, cartpole, 8)) for key in keys[1:])
+
+    omega, theta, target = init(jax.random.split(jax.random.key(0), 3))
+    target = jax.tree.map(lambda x: 1.1 * x, target)
+    batch = rl.Batch(some_transitions(np.random.default_rng(1), 30), target)
+    return rl.bellman_of(cartpole, SETTING._replace(alpha=0.2)), omega, theta, batch
+
+
+def hypergradient(problem, bellman, estimator, omega, theta, batch):
+    @jax.jit
+    def gradient(omega, theta, batch):
+        model = bellman.model(lambda key, inputs: theta)
+        return fb.hypergradient(problem, model, estimator, omega, theta, batch, batch).gradient
+
+    return jax.flatten_util.ravel_pytree(gradient(omega, theta, batch))[0]
+
+
+def assert_close(got, expected, tolerance):
+    assert jax.dtypes.result_type(got) == jnp.float64
+    assert np.linalg.norm(expected) > 1e-6
+    assert np.linalg.norm(got - expected) <= tolerance * np.linalg.norm(expected)
+
+
+def flat_grad(function, omega):
+    return jax.flatten_util.ravel_pytree(jax.jit(jax.grad(function))(omega))[0]
+
+
+def taken_values(bellman, theta, batch):
+    q = bellman.q_values(theta, batch.transition.observation)
+    return jnp.stack([q[j, jnp.arange(q.shape[1]), batch.transition.action] for j in range(2)], axis=1)
+
+
+def test_funcid_is_the_pointwise_formula(networks):
+    """C = I/n and d = (v - y)/n, so that a = -(v - y): dF = mean_i sum_j (v_ij - y_i) d_omega y_omega,i."""
+    bellman, omega, theta, batch = networks
+    v, y = taken_values(bellman, theta, batch), bellman.true_target(batch)
+    weights = jnp.sum(v - y[:, None], axis=1)
+    expected = flat_grad(lambda omega: jnp.mean(weights * bellman.model_target(omega, batch)), omega)
+    estimator = rl.METHODS["funcid-pointwise"].estimator(SETTING)
+    assert_close(
+        hypergradient(rl.bellman_problem(bellman), bellman, estimator, omega, theta, batch), expected, tolerance=1e-8
+    )
+
+
+def test_omd_is_implicit_differentiation_by_parameters(networks):
+    """By dense matrices; `omd-identity` leaves the inverse out, and `omd-cg` approaches it as its steps grow."""
+    bellman, omega, theta, batch = networks
+    flat, unflat = jax.flatten_util.ravel_pytree(theta)
+    value = taken_values
+    inner = lambda omega, t: bellman.model_error(omega, value(bellman, unflat(t), batch), batch)
+    rhs = jax.grad(lambda t: bellman.true_error(None, value(bellman, unflat(t), batch), batch))(flat)
+    H = jax.jit(jax.hessian(inner, 1))(omega, flat) + 5.0 * jnp.eye(len(flat))
+    assert np.linalg.eigvalsh(H)[0] > 0.5  # positive definite with this damping
+    expected, identity = (
+        -flat_grad(lambda omega, u=u: jnp.vdot(jax.grad(inner, 1)(omega, flat), u), omega)
+        for u in (jnp.linalg.solve(H, rhs), rhs)
+    )
+    problem = rl.bellman_problem(bellman)
+    got = hypergradient(problem, bellman, rl.METHODS["omd-identity"].estimator(SETTING), omega, theta, batch)
+    assert_close(got, identity, tolerance=1e-10)
+    setting = SETTING._replace(cg_steps=60, damping=5.0)
+    got = hypergradient(problem, bellman, rl.METHODS["omd-cg"].estimator(setting), omega, theta, batch)
+    assert_close(got, expected, tolerance=1e-6)
+    assert np.linalg.norm(identity - expected) > 0.1 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("name", ["mle", "vep"])
+def test_explicit_methods(networks, name):
+    bellman, omega, theta, batch = networks
+    s, a, r, after, _ = batch.transition
+
+    def mle(omega):
+        predicted, reward = bellman.predict(omega, s, a)
+        return 0.5 * jnp.mean(jnp.sum((predicted - after) ** 2, axis=1) + (reward - r) ** 2)
+
+    def vep(omega):
+        return 0.5 * jnp.mean((bellman.model_target(omega, batch) - bellman.true_target(batch)) ** 2)
+
+    method = rl.METHODS[name]
+    got = hypergradient(method.problem(bellman), bellman, method.estimator(SETTING), omega, theta, batch)
+    assert_close(got, flat_grad({"mle": mle, "vep": vep}[name], omega), tolerance=1e-12)
+
+
+def test_finite_differences_of_a_tabular_problem(x64):
+    """Three states, two actions: F(omega) is the true Bellman error at the exact solution under the model.
+
+    Pairs (s, a) come several times, with different outcomes, and have one value each. Whether an episode ends is
+    decided by the pair.
+    """
+    rng = np.random.default_rng(0)
+    S, A, n = 3, 2, 40
+    states, after = rng.integers(S, size=(2, n))
+    one_hot = jnp.eye(S)
+    transition = some_transitions(rng, n)._replace(observation=one_hot[states], next_observation=one_hot[after])
+    action = np.asarray(transition.action)
+    transition = transition._replace(terminal=jnp.array([[0.0, 0.0], [0.0, 1.0], [0.0, 0.0]])[states, action])
+    assert len({*zip(states, action)}) == S * A < n
+
+    def predict(omega, observation, action):
+        logits, reward = omega
+        index = jnp.argmax(observation, axis=1)
+        return jax.nn.softmax(logits[index, action]), reward[index, action]
+
+    bellman = rl.Bellman(lambda Q, observation: jnp.einsum("ns,jsa->jna", observation, Q), predict, 0.9, 0.5)
+    batch = rl.Batch(transition, jnp.asarray(rng.normal(size=(2, S, A))))
+    omega = (jnp.asarray(rng.normal(size=(S, A, S))), jnp.asarray(rng.normal(size=(S, A))))
+
+    def solution(omega):  # the target under the model depends on the pair alone
+        Q = jnp.zeros((S, A)).at[states, action].set(bellman.model_target(omega, batch))
+        return jnp.stack([Q, Q])
+
+    def F(omega):
+        return bellman.true_error(omega, taken_values(bellman, solution(omega), batch), batch)
+
+    flat, unflat = jax.flatten_util.ravel_pytree(omega)
+    F = jax.jit(F)
+    differences = [(F(unflat(flat + e)) - F(unflat(flat - e))) / 2e-5 for e in 1e-5 * np.eye(len(flat))]
+    theta = solution(omega)
+    for estimator in (fb.funcid(fb.pointwise_adjoint()), fb.aid(fb.cg(20))):
+        got = hypergradient(rl.bellman_problem(bellman), bellman, estimator, omega, theta, batch)
+        assert_close(got, np.array(differences), tolerance=1e-7)
+
+
+def test_learned_adjoint_kept_warm_approaches_the_pointwise_one(x64, cartpole, networks):
+    bellman, omega, theta, batch = networks
+    model = bellman.model(lambda key, _: jax.tree.map(lambda x: x.astype(float), rl.init_q(key, cartpole, 32)))
+    problem = rl.bellman_problem(bellman)
+    exact = hypergradient(problem, bellman, fb.funcid(fb.pointwise_adjoint()), omega, theta, batch)
+    learned = fb.funcid(fb.learned_adjoint(optax.adam(3e-3), num_steps=5, model=model))
+
+    @jax.jit
+    def step(state):
+        result = fb.hypergradient(
+            problem, bellman.model(lambda key, inputs: theta), learned, omega, theta, batch, batch, state=state,
+            key=jax.random.key(0),
+        )  # fmt: skip
+        return result.state, jax.flatten_util.ravel_pytree(result.gradient)[0]
+
+    state, errors = None, []
+    for _ in range(80):
+        state, got = step(state)
+        errors.append(np.linalg.norm(got - exact) / np.linalg.norm(exact))
+    assert errors[0] > 0.3
+    assert errors[-1] < 0.05
+
+
+# Environments.
+
+
+@pytest.mark.parametrize("name", ["cartpole", "pendulum"])
+def test_environment_is_gymnasiums(name):
+    import gymnasium
+    from gymnasium.envs.phys2d.cartpole import CartPoleJaxEnv
+    from gymnasium.envs.phys2d.pendulum import PendulumJaxEnv
+
+    environment = rl_commands.ENVIRONMENTS[name].environment()
+    theirs = {"cartpole": CartPoleJaxEnv, "pendulum": PendulumJaxEnv}[name]()
+    spec = {"cartpole": "phys2d/CartPole-v1", "pendulum": "phys2d/Pendulum-v0"}[name]
+    assert environment.horizon == gymnasium.spec(spec).max_episode_steps
+    observation, _ = theirs.reset(seed=3)
+    world, rng, ends = theirs.state, np.random.default_rng(0), 0
+    step = jax.jit(lambda world, action: rl.interact(environment, world, jnp.int32(0), action, jnp.zeros_like(world)))
+    for _ in range(60):
+        action = int(rng.integers(environment.num_actions))
+        control = action if name == "cartpole" else np.array([rl_pendulum.TORQUES[action]])
+        after, reward, terminal, _, _ = theirs.step(control)
+        transition, next_world, _ = step(world, action)
+        np.testing.assert_allclose(transition.observation, observation, atol=1e-5)
+        np.testing.assert_allclose(transition.next_observation, after, atol=1e-5)
+        np.testing.assert_allclose(transition.reward, reward, rtol=1e-5)
+        assert transition.terminal == terminal
+        if terminal:
+            ends += 1
+            np.testing.assert_array_equal(next_world, np.zeros(4))
+            after, _ = theirs.reset(seed=ends)
+            next_world = theirs.state
+        observation, world = after, next_world
+    assert ends > 0 or name == "pendulum"
+
+
+def test_an_episode_that_is_cut_off_is_not_terminal(cartpole):
+    world, fresh = jnp.zeros(4), jnp.full(4, 0.01)
+    for episode_step, reset in [(cartpole.horizon - 2, False), (cartpole.horizon - 1, True)]:
+        transition, after, step = rl.interact(cartpole, world, jnp.int32(episode_step), jnp.int32(1), fresh)
+        assert not transition.terminal
+        assert np.array_equal(after, fresh) == reset
+        assert step == (0 if reset else episode_step + 1)
+
+
+# Buffer and policy.
+
+
+def test_buffer_keeps_the_latest_and_draws_all_of_them():
+    transition = some_transitions(np.random.default_rng(0), 7, dtype=np.float32)
+    rows = rl.to_row(transition)
+    jax.tree.map(np.testing.assert_array_equal, rl.from_row(rows), transition)
+    assert rl.from_row(rows).action.dtype == jnp.int32
+
+    buffer = jnp.zeros((5, rows.shape[1]))
+    uniform = jnp.linspace(0.0, 1.0 - 1e-7, 40)
+    for step in range(7):
+        buffer = rl.write(buffer, jnp.int32(step), rows[step])
+        drawn = np.unique(np.asarray(rl.to_row(rl.draw(buffer, jnp.int32(step), uniform))), axis=0)
+        kept = np.unique(np.asarray(rows[max(0, step - 4) : step + 1]), axis=0)
+        np.testing.assert_array_equal(drawn, kept)
+
+
+def test_policy_is_soft():
+    q = jnp.array([[[0.0, 0.02]], [[0.01, 0.01]]])  # both networks' mean counts
+    params = [(jnp.zeros((2, 1, 2)), q[:, 0])]
+    gumbel = jax.random.gumbel(jax.random.key(0), (20_000, 2))
+    actions = rl.soft_action(params, jnp.zeros((20_000, 1)), gumbel, alpha=0.01)
+    expected = np.exp(0.015 / 0.01) / (np.exp(0.015 / 0.01) + np.exp(0.005 / 0.01))
+    assert np.mean(np.asarray(actions)) == pytest.approx(expected, abs=0.015)
+
+
+def test_evaluation_counts_the_steps_of_episodes():
+    environment = rl_cartpole.environment()
+    right = [(jnp.zeros((2, 4, 2)), jnp.array([[0.0, 1.0]] * 2))]  # always pushes to the right
+    key = jax.random.key(5)
+    returns = jax.jit(lambda key: rl.evaluate(environment, SETTING, right, key))(key)
+    worlds = jax.vmap(environment.initial)(jax.random.split(jax.random.split(key)[0], 3))
+    step = jax.jit(environment.transition)
+    for start, got in zip(worlds, returns, strict=True):
+        world, steps = start, 0
+        while not environment.terminal(world):
+            world, steps = step(world, 1), steps + 1
+        assert got == steps
+        assert 5 < steps < 15
+    worlds, length = rl.rollout(environment, SETTING, right, key)
+    assert worlds.shape == (500, 4)
+    assert not environment.terminal(worlds[length - 1])
+    assert environment.terminal(environment.transition(worlds[length - 1], 1))
+
+
+# Training.
+
+
+def test_transitions_in_the_buffer_are_the_environments(cartpole):
+    state, curves = rl.train(cartpole, "funcid-pointwise", SETTING, [0, 1])
+    np.testing.assert_array_equal(curves.step, [50, 80, 110])
+    for buffer in state.buffer:
+        transition = rl.from_row(buffer)
+        after = jax.vmap(cartpole.transition)(transition.observation, transition.action)
+        np.testing.assert_allclose(transition.next_observation, after, atol=1e-5)
+        np.testing.assert_array_equal(transition.terminal, jax.vmap(cartpole.terminal)(after))
+        goes_on = np.all(np.asarray(transition.observation[1:] == transition.next_observation[:-1]), axis=1)
+        ends = np.flatnonzero(~goes_on) + 1
+        lengths = np.diff([0, *ends])
+        assert 0 < max(lengths) <= cartpole.horizon
+        cut = lengths == cartpole.horizon
+        assert np.all(np.asarray(transition.terminal)[ends - 1][~cut] == 1.0)
+        assert np.all(np.asarray(transition.terminal)[:-1][goes_on] == 0.0)
+    assert len(np.unique(state.buffer[:, 5, 0])) == 2  # each seed has its own
+    assert all(np.all(curves.values[name]) for name in ("inner_finite", "adjoint_finite", "outer_finite"))
+    assert np.all(curves.values["adjoint_inputs_match"])
+
+
+def test_one_compilation_and_the_target_follows(cartpole):
+    """The same programs serve all chunks, the resumed ones and other seeds."""
+    state, _ = rl.train(cartpole, "funcid-pointwise", SETTING, [0, 1])
+    rl.train(cartpole, "funcid-pointwise", SETTING, [5, 6])
+    compiled = rl.programs(cartpole, "funcid-pointwise", SETTING)
+    assert [program._cache_size() for program in compiled] == [1, 1, 1]
+    theta, target = (jax.tree.leaves(x)[0] for x in (state.learner.inner_params, state.target_params))
+    start = jax.tree.leaves(compiled.init(jax.random.split(jax.random.key(0), 2)).target_params)[0]
+    assert theta.shape == target.shape == start.shape
+    assert 0 < np.linalg.norm(target - theta) < np.linalg.norm(theta)
+
+
+class Interrupted(Exception):
+    pass
+
+
+def test_training_goes_on_from_its_checkpoint(cartpole, tmp_path):
+    checkpoint = tmp_path / "state.npz"
+    expected, curves = rl.train(cartpole, "funcid-pointwise", SETTING, [0, 1])
+    again, curves_again = rl.train(cartpole, "funcid-pointwise", SETTING, [0, 1])
+    for name, values in curves.values.items():
+        np.testing.assert_array_equal(values, curves_again.values[name])
+
+    seen = []
+
+    def stop(steps, metrics):
+        seen.append(steps)
+        if len(seen) == 2:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        rl.train(
+            cartpole, "funcid-pointwise", SETTING, [0, 1], callback=stop, checkpoint=checkpoint, checkpoint_interval=0
+        )
+    assert checkpoint.exists()
+    seen.clear()
+    resumed, resumed_curves = rl.train(
+        cartpole,
+        "funcid-pointwise",
+        SETTING,
+        [0, 1],
+        callback=lambda steps, _: seen.append(steps),
+        checkpoint=checkpoint,
+    )
+    assert seen == [30, 30, 30]  # the steps already made are reported at once
+    for name, values in curves.values.items():
+        np.testing.assert_array_equal(values, resumed_curves.values[name])
+    for got in (again, resumed):
+        jax.tree.map(np.testing.assert_array_equal, got._replace(key=0, learner=got.learner._replace(key=0)),
+                     expected._replace(key=0, learner=expected.learner._replace(key=0)))  # fmt: skip
+        np.testing.assert_array_equal(jax.random.key_data(got.key), jax.random.key_data(expected.key))
+
+
+def test_buffer_is_written_in_place_and_a_model_free_agent_leaves_the_model_alone(cartpole):
+    """A buffer far larger than all else: its bytes are donated, and appear neither as temporaries nor as a copy."""
+    compiled = rl.programs(cartpole, "model-free", SETTING._replace(steps=40_000))
+    state = compiled.explore(compiled.init(jax.random.split(jax.random.key(0), 2)))
+    chunk = compiled.chunk.lower(state, np.int32(20)).compile()
+    size, memory = state.buffer.nbytes, chunk.memory_analysis()
+    assert memory.alias_size_in_bytes >= size
+    assert memory.temp_size_in_bytes < 0.1 * size
+    shape = f"f32[{','.join(map(str, state.buffer.shape))}]"
+    written = [line for line in chunk.as_text().splitlines() if f"= {shape}" in line]
+    assert written
+    assert not [line for line in written if " copy(" in line]
+
+    before = jax.tree.map(np.asarray, (state.learner.outer_params, state.learner.inner_params))
+    state, metrics = chunk(state, np.int32(20))
+    jax.tree.map(np.testing.assert_array_equal, before[0], state.learner.outer_params)
+    assert not np.array_equal(jax.tree.leaves(before[1])[0], jax.tree.leaves(state.learner.inner_params)[0])
+    np.testing.assert_array_equal(metrics["hypergradient_norm"], [0.0, 0.0])
+
+
+def test_networks_are_the_same_for_every_method(cartpole):
+    first, *others = (rl.init(cartpole, name, SETTING, jax.random.key(1)) for name in rl.METHODS)
+    for other in others:
+        for get in (lambda s: s.target_params, lambda s: s.learner.outer_params, lambda s: s.learner.inner_params):
+            jax.tree.map(np.testing.assert_array_equal, get(first), get(other))
+    assert len(jax.tree.leaves(first.learner.outer_params)) == 12
+    W = np.asarray(first.learner.outer_params.dynamics[1][0])
+    np.testing.assert_allclose(W @ W.T, 2 * np.eye(3), atol=1e-5)
+
+
+def test_restarted_adam_is_sign_descent(cartpole):
+    """Adam's first step has the length of the learning rate in every coordinate, and here every step is a first one."""
+    solver = rl.agent(cartpole, "model-free", SETTING._replace(warm_adam=False))
+    transition = some_transitions(np.random.default_rng(0), 16, dtype=np.float32)
+    target_params = rl.init_q(jax.random.key(1), cartpole, 8)
+    omega = rl.init_world_model(jax.random.key(2), cartpole, 3)
+    step = jax.jit(solver.step)
+    state = solver.init(jax.random.key(0), omega, rl.Batch(transition, target_params))
+    for reward in (100.0, -100.0):  # the gradient turns round: moments from the first step would shorten the second
+        batch = rl.Batch(transition._replace(reward=jnp.full(16, reward)), target_params)
+        before, state = state, step(state, batch, batch)[0]
+        for old, new in zip(*map(jax.tree.leaves, (before.inner_params, state.inner_params)), strict=True):
+            moved = np.abs(new - old) / SETTING.inner_learning_rate
+            assert np.mean(np.abs(moved - 1.0) < 0.02) > 0.6
+            assert np.all(moved < 1.02)
+
+
+def test_bad_arguments(cartpole):
+    with pytest.raises(ValueError, match=r"method must be one of funcid-pointwise, .*got 'sarsa'"):
+        rl.agent(cartpole, "sarsa", SETTING)
+    with pytest.raises(ValueError, match=r"steps must be random_steps=20 and a multiple .*got 100"):
+        rl.train(cartpole, "mle", SETTING._replace(steps=100), [0])
+
+
+# The commands.
+
+TINY = ("--steps", "1040", "--evaluation-interval", "20")
+
+
+def test_run_command_goes_on_where_it_stopped(tmp_path, capsys):
+    args = ("run", "cartpole", "--method", "funcid", *TINY, "--output-dir", str(tmp_path))
+    cli.main([*args, "--seeds", "2"])
+    output = capsys.readouterr()
+    assert "steps/s" in output.err
+    assert "return" in output.err
+    assert max(map(len, output.out.splitlines())) <= max(80, len(str(tmp_path)) + 30)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("config.json", "runs.jsonl", "runs-curves.jsonl", "table.md", "cartpole.png", "cartpole.gif")
+    }
+    records = list(_records.read(tmp_path / "runs.jsonl"))
+    assert [(r["task"], r["method"], r["seed"]) for r in records] == [
+        ("cartpole", "funcid-pointwise", 0),
+        ("cartpole", "funcid-pointwise", 1),
+    ]
+    for record, line in zip(records, (tmp_path / "runs-curves.jsonl").read_text().splitlines(), strict=True):
+        returns = json.loads(line)["evaluation_return"]
+        assert record["metrics"]["return_auc"] == pytest.approx(np.mean(returns), rel=1e-3)
+        assert record["metrics"]["final_return"] == pytest.approx(returns[-1], rel=1e-3)
+        assert record["settings"].items() >= {"model_width": 3, "steps": 1040, "inner_learning_rate": 3e-3}.items()
+        assert "damping" not in record["settings"]
+    from PIL import Image
+
+    with Image.open(tmp_path / "cartpole.gif") as animation:
+        assert animation.n_frames > 1
+        assert len(np.unique(np.asarray(animation))) == 4
+
+    cli.main([*args, "--seeds", "2"])  # nothing is left to do
+    assert list(_records.read(tmp_path / "runs.jsonl")) == records
+    with pytest.raises(SystemExit, match="other settings"):
+        cli.main([*args, "--seeds", "2", "--tau", "0.005"])
+
+
+def test_compare_command(tmp_path, capsys):
+    args = ("compare", "cartpole", *TINY, "--model-widths", "3", "--output-dir", str(tmp_path))
+    cli.main([*args, "--seeds", "1", "--methods", "mle"])
+    first = (tmp_path / "runs.jsonl").read_text()
+    cli.main([*args, "--seeds", "2", "--methods", "mle", "funcid"])
+    assert (tmp_path / "runs.jsonl").read_text().startswith(first)
+    records = list(_records.read(tmp_path / "runs.jsonl"))
+    assert [(r["method"], r["seed"]) for r in records] == [
+        ("mle", 0), ("mle", 1), ("funcid-pointwise", 0), ("funcid-pointwise", 1),
+    ]  # fmt: skip
+    rows = rl_commands.summarise(list(rl_commands.read(tmp_path)))
+    assert [(row.method, row.seeds) for row in rows] == [("funcid-pointwise", 2), ("mle", 2)]
+    assert len((tmp_path / "table.md").read_text().splitlines()) == 4
+    assert (tmp_path / "cartpole.png").stat().st_size > 20_000
+
+
+def test_pendulum_by_the_same_agents(tmp_path):
+    args = ("--steps", "1040", "--evaluation-interval", "40", "--seeds", "1", "--method", "funcid-learned")
+    cli.main(["run", "pendulum", *args, "--output-dir", str(tmp_path)])
+    (record,) = _records.read(tmp_path / "runs.jsonl")
+    assert record["task"] == "pendulum"
+    assert -200 * 16.3 < record["metrics"]["final_return"] < -500
+    assert record["metrics"]["inner_finite"] == record["metrics"]["adjoint_finite"] == 1.0
+    assert (tmp_path / "pendulum.gif").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "args", "message"),
+    [
+        ("run", ("--method", "sarsa"), r"--method must be among funcid-pointwise, .*got 'sarsa'"),
+        ("compare", ("--methods", "mle", "dqn"), r"--methods must be among .*got 'dqn'"),
+        ("run", ("--steps", "1000"), r"--steps must be more than the 1000 random ones .*got 1000"),
+        ("run", ("--seeds", "0"), r"--seeds must be at least 1, got 0"),
+        ("run", ("--model-width", "0"), r"--model-width must be at least 1, got 0"),
+        ("compare", ("--model-widths", "3", "0"), r"--model-widths must be at least 1, got \(3, 0\)"),
+        ("run", ("--tau", "1.5"), r"--tau must be in \(0, 1\], got 1.5"),
+        ("run", ("--inner-learning-rate", "0"), r"--inner-learning-rate must be positive, got 0"),
+        ("run", ("--evaluation-interval", "0"), r"--evaluation-interval must divide .*got 0"),
+        ("run", ("--steps", "2500"), r"--evaluation-interval must divide the 1500 steps after .*got 1000"),
+    ],
+)
+def test_bad_options(tmp_path, command, args, message):
+    directory = tmp_path / "run"
+    with pytest.raises(SystemExit, match=message):
+        cli.main([command, "cartpole", *args, "--output-dir", str(directory)])
+    assert not directory.exists()
+
+
+def test_interquartile_mean_and_its_interval():
+    from scipy import stats
+
+    x = np.random.default_rng(0).lognormal(size=(10, 3))
+    np.testing.assert_allclose(rl_commands.interquartile_mean(x), stats.trim_mean(x, 0.25, axis=0))
+    low, high = rl_commands.interval(x)
+    assert low.shape == (3,)
+    assert np.all((low < rl_commands.interquartile_mean(x)) & (rl_commands.interquartile_mean(x) < high))
+    np.testing.assert_allclose(rl_commands.interval(np.ones(10)), 1.0)
+
+
+@pytest.mark.slow
+def test_smoke_run_learns(tmp_path):
+    """Two seeds, 3,000 steps: a random policy's return is about 22."""
+    cli.main(["run", "cartpole", "--seeds", "2", "--steps", "3000", "--output-dir", str(tmp_path)])
+    records = list(_records.read(tmp_path / "runs.jsonl"))
+    assert np.mean([record["metrics"]["final_return"] for record in records]) > 35
+    assert all(record["metrics"]["outer_finite"] == 1.0 for record in records)
