@@ -106,7 +106,9 @@ def test_schooling_splits():
 
 
 def test_schooling_command(tmp_path, monkeypatch):
-    monkeypatch.setattr(schooling_iv.CompareSchooling, "setting", TINY)
+    monkeypatch.setattr(schooling_iv.CompareSchooling, "setting", TINY._replace(linear_part=True))
+    every = covariate_iv.trials
+    monkeypatch.setattr(covariate_iv, "trials", lambda method, setting: every(method, setting)[:1])
     options = schooling_iv.CompareSchooling(seeds=2, methods=("dfiv",))
     assert options.run(tmp_path, lambda label, total: lambda state, metrics: None) is not None
     assert {path.name for path in tmp_path.iterdir()} == {"trials.jsonl", "runs.jsonl", "slopes.png"}

@@ -103,12 +103,13 @@ def whole(data: Data) -> Batch:
 
 
 class Net(linen.Module):
-    """tanh layers: inputs [n, k] -> features in (-1, 1) and a constant, [n, widths[-1] + 1].
+    """tanh layers: inputs x [n, k] -> features in (-1, 1), if `linear_part` x itself, and a constant, [n, p].
 
     Biases start from U(-1, 1), so that the units bend in different places.
     """
 
     widths: tuple[int, ...]
+    linear_part: bool = False
 
     @linen.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -117,9 +118,10 @@ class Net(linen.Module):
         def biases(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
             return jax.random.uniform(key, shape, dtype, -1.0, 1.0)
 
+        features = x
         for width in self.widths:
-            x = linen.tanh(linen.Dense(width, bias_init=biases)(x))
-        return iv.with_constant(x)
+            features = linen.tanh(linen.Dense(width, bias_init=biases)(features))
+        return iv.with_constant(jnp.hstack([features, x]) if self.linear_part else features)
 
 
 class OuterParams(NamedTuple):
@@ -157,6 +159,7 @@ class Setting(NamedTuple):
     Attributes:
         num_outer_steps: outer steps, over which the outer learning rate falls to zero along a cosine.
         treatment_widths, covariate_widths, instrument_widths: of the three networks.
+        linear_part: whether their features hold their inputs too, so that two-stage least squares is a special case.
         inner_steps: Adam steps on theta per outer step.
         inner_learning_rate, outer_learning_rate: of Adam.
         inner_ridge, outer_ridge: on the heads of the two levels, which are solved for.
@@ -166,11 +169,17 @@ class Setting(NamedTuple):
     treatment_widths: tuple[int, ...] = (16, 8)
     covariate_widths: tuple[int, ...] = (64, 16)
     instrument_widths: tuple[int, ...] = (64, 32)
+    linear_part: bool = False
     inner_steps: int = 10
     inner_learning_rate: float = 3e-3
     outer_learning_rate: float = 3e-3
     inner_ridge: float = 1e-3
     outer_ridge: float = 1e-3
+
+    @property
+    def treatment_features(self) -> int:
+        """Number of features of the treatment: what h predicts."""
+        return self.treatment_widths[-1] + 1 + self.linear_part
 
 
 # Methods.
@@ -209,8 +218,7 @@ def _funcid_linear(features: fb.Model, setting: Setting, ridge_ratio: float) -> 
 
 
 def _funcid_learned(features: fb.Model, setting: Setting, learning_rate: float) -> fb.Estimator:
-    outputs = setting.treatment_widths[-1] + 1
-    head = fb.from_linen(linen.Dense(outputs, use_bias=False, kernel_init=linen.initializers.zeros))
+    head = fb.from_linen(linen.Dense(setting.treatment_features, use_bias=False, kernel_init=linen.initializers.zeros))
     optimizer = iv.adam(learning_rate, 2 * setting.inner_ridge)
     return fb.funcid(fb.learned_adjoint(optimizer, setting.inner_steps, head, features=features))
 
@@ -268,9 +276,12 @@ class Solver(NamedTuple):
 def _solver(method: str, setting: Setting, own: tuple[tuple[str, float], ...]) -> Solver:
     estimator, instrumental = METHODS[method].estimator, METHODS[method].instrumental
     ridge = setting.outer_ridge
-    psi, xi = Net(setting.treatment_widths), Net(setting.covariate_widths)
-    features = fb.from_linen(Net(setting.instrument_widths))
-    h = fb.variable_projection(features, setting.treatment_widths[-1] + 1, ridge=2 * setting.inner_ridge)
+    psi, xi, phi = (
+        Net(widths, setting.linear_part)
+        for widths in (setting.treatment_widths, setting.covariate_widths, setting.instrument_widths)
+    )
+    features = fb.from_linen(phi)
+    h = fb.variable_projection(features, setting.treatment_features, ridge=2 * setting.inner_ridge)
     if not instrumental:  # no inner level: the follower is a mere zero
         h = fb.from_function(lambda key, z: jnp.zeros(()), lambda theta, z: theta * jnp.ones(len(z)))
     schedule: Any = optax.cosine_decay_schedule(setting.outer_learning_rate, setting.num_outer_steps)

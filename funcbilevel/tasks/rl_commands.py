@@ -100,7 +100,7 @@ class _Shared(_records.Options):
         add(directory, environment.name, method, seeds, settings, curves, time.perf_counter() - start)
         checkpoint.unlink(missing_ok=True)
         if gif:
-            best = int(np.argmax(_final(curves.values["evaluation_return"])))
+            best = int(np.argmax(curves.values["evaluation_return"][:, -1]))
             theta = jax.tree.map(lambda x: x[best], state.learner.inner_params)
             animate(self.task, setting, theta, seeds[best], directory / f"{self.task}.gif")
 

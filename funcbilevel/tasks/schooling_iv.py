@@ -68,6 +68,7 @@ class CompareSchooling(covariate_iv.Compare):
         treatment_widths=(8, 2),
         covariate_widths=(16, 4),
         instrument_widths=(32, 16),
+        linear_part=True,
         inner_ridge=1e-4,
         outer_ridge=1e-5,
     )
