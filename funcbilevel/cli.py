@@ -71,7 +71,7 @@ def _run(options: _records.Options) -> None:
     except (ValueError, FileExistsError) as error:
         sys.exit(f"funcbilevel: {error}")
     console.print(f"{options.task}: results go to {directory}", soft_wrap=True)
-    with _progress(options.progress) as track:
+    with _progress(options) as track:
         report = options.run(directory, track)
     console.print(report)
     for path in sorted(directory.iterdir()):
@@ -79,7 +79,7 @@ def _run(options: _records.Options) -> None:
 
 
 @contextmanager
-def _progress(show: bool) -> Generator[_records.Track]:
+def _progress(options: _records.Options) -> Generator[_records.Track]:
     """On stderr: one bar per solve on a terminal, else one plain line per finished solve."""
     from rich.console import Console  # noqa: PLC0415
     from rich.progress import (  # noqa: PLC0415
@@ -100,7 +100,7 @@ def _progress(show: bool) -> Generator[_records.Track]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=console,
-        disable=not (show and console.is_terminal),
+        disable=not (options.progress and console.is_terminal),
     )
 
     def track(label: str, total: int) -> Callable[[Any, Mapping[str, Any]], None]:
@@ -108,23 +108,11 @@ def _progress(show: bool) -> Generator[_records.Track]:
 
         def callback(state: Any, metrics: Mapping[str, Any]) -> None:
             del state
-            bars.update(bar, advance=len(metrics["outer_objective"]), status=(status := _status(metrics)))
-            if show and bars.disable and bars.tasks[bar].finished:
+            bars.update(bar, advance=len(metrics["outer_objective"]), status=(status := options.status(metrics)))
+            if options.progress and bars.disable and bars.tasks[bar].finished:
                 console.print(f"{label:<17} {total} outer steps, {status}")
 
         return callback
 
     with bars:
         yield track
-
-
-def _status(metrics: Mapping[str, Any]) -> str:
-    if "evaluation_return" in metrics:
-        return f"return {metrics['evaluation_return'][-1]:.0f}, {metrics['steps_per_second'][-1]:,.0f} steps/s"
-    status = f"outer objective {metrics['outer_objective'][-1]:.6f}"
-    if "dp_gap" in metrics:
-        return f"accuracy {metrics['accuracy'][-1]:.3f}, parity gap {metrics['dp_gap'][-1]:.3f}"
-    if "test_mse" not in metrics:
-        return status
-    inner, error = metrics["inner_objective"][-1], metrics["test_mse"][-1]
-    return f"outer {metrics['outer_objective'][-1]:.2f}, inner {inner:.3f}, test MSE {error:.2f}"

@@ -3,19 +3,13 @@
 XLA's memory figures are exact and repeatable; times are noisy and get a wide margin.
 """
 
-import importlib.util
-from pathlib import Path
-
+import cost as benchmark
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
 
 import funcbilevel as fb
-
-spec = importlib.util.spec_from_file_location("benchmarks_cost", Path(__file__).parents[1] / "benchmarks" / "cost.py")
-benchmark = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(benchmark)
 
 WIDTH, BATCH = 128, 256
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from funcbilevel.tasks import covariate_iv, demand, schooling, schooling_iv
+from funcbilevel.tasks import covariate_iv, demand, iv, schooling, schooling_iv
 from funcbilevel.tasks.covariate_iv import Batch, Setting
 
 TINY = Setting(
@@ -59,9 +59,9 @@ def test_slope_of_a_confounded_line(method):
 
 def test_second_stage_is_ridge_regression():
     a, y = np.random.default_rng(0).normal(size=(2, 30, 4))
-    u = covariate_iv.second_stage(jnp.asarray(a), jnp.asarray(y[:, 0]), 0.1)
+    u = iv.ridge_regression(jnp.asarray(a), jnp.asarray(y[:, 0]), 0.1)
     np.testing.assert_allclose(u, np.linalg.solve(a.T @ a + 3 * np.eye(4), a.T @ y[:, 0]), rtol=1e-4)
-    value = covariate_iv.ridge_objective(jnp.asarray(a), jnp.asarray(y[:, 0]), 0.1)
+    value = iv.ridge_objective(jnp.asarray(a), jnp.asarray(y[:, 0]), 0.1)
     np.testing.assert_allclose(value, np.mean((y[:, 0] - a @ u) ** 2) + 0.1 * np.sum(np.square(u)), rtol=1e-5)
     np.testing.assert_array_equal(
         covariate_iv.products(jnp.array([[1.0, 2.0]]), jnp.array([[3.0, 5.0]])), [[3.0, 5.0, 6.0, 10.0]]

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from functools import cache
@@ -82,6 +82,27 @@ def read(path: Path) -> Iterator[Record]:
         yield result
 
 
+def read_existing(path: Path) -> Iterator[Record]:
+    """The records of a JSON Lines file, none if it is not there."""
+    return read(path) if path.exists() else iter(())
+
+
+def settings_key(settings: Mapping[str, Any]) -> str:
+    """Settings as a text, the same before they went to a file and after."""
+    return json.dumps(settings, sort_keys=True)
+
+
+def identity(record: Mapping[str, Any]) -> tuple[str, int, str]:
+    """What tells a record, or the line of its curves, from others: method, seed and settings."""
+    return record["method"], record["seed"], settings_key(record["settings"])
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [header, ("---",) * len(header), *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
 @dataclass(frozen=True)
 class Options:
     """The options that every task has; a task adds its own and `run`."""
@@ -102,6 +123,10 @@ class Options:
     def run(self, directory: Path, track: Track) -> Any:
         """Writes the results into `directory`; returns what a terminal shows of them."""
         raise NotImplementedError
+
+    def status(self, metrics: Mapping[str, Any]) -> str:
+        """What the progress bar says of the metrics that a callback gets."""
+        return f"outer objective {metrics['outer_objective'][-1]:.6f}"
 
     def settings(self) -> dict[str, Any]:
         """The options that decide the numbers."""

@@ -1,14 +1,15 @@
 """What comparisons over seeds are summarised by."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 
-def bootstrap_interval(sample: np.ndarray[Any, Any]) -> tuple[float, float]:
-    """The 95% percentile bootstrap interval of the median, from 10,000 resamples with a fixed seed."""
+def bootstrap_interval(sample: np.ndarray[Any, Any], statistic: Callable[..., Any] = np.median) -> tuple[float, float]:
+    """The 95% percentile bootstrap interval of a statistic, from 10,000 resamples with a fixed seed."""
     resamples = np.random.default_rng(0).choice(sample, (10_000, len(sample)))
-    low, high = np.quantile(np.median(resamples, axis=1), (0.025, 0.975))
+    low, high = np.quantile(statistic(resamples, axis=1), (0.025, 0.975))
     return float(low), float(high)
 
 

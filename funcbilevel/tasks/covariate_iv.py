@@ -18,7 +18,6 @@ References:
     Petrulionyte, Mairal, Arbel, NeurIPS 2024, https://arxiv.org/abs/2403.20233, section 4.1.
 """
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -139,18 +138,6 @@ class OuterParams(NamedTuple):
 def products(a: jax.Array, b: jax.Array) -> jax.Array:
     """All products of a feature of the one kind with one of the other, [n, k] and [n, m] -> [n, k m]."""
     return (a[:, :, None] * b[:, None, :]).reshape(len(a), -1)
-
-
-def second_stage(features: jax.Array, y: jax.Array, ridge: float) -> jax.Array:
-    """u, [k]: the ridge regression of y on features [n, k], in closed form."""
-    gram = features.T @ features / len(y) + ridge * jnp.eye(features.shape[1], dtype=features.dtype)
-    return jax.scipy.linalg.solve(gram, features.T @ y / len(y), assume_a="pos")
-
-
-def ridge_objective(features: jax.Array, y: jax.Array, ridge: float) -> jax.Array:
-    """E (y - u'features)^2 + ridge |u|^2 at its minimum over u."""
-    u = second_stage(features, y, ridge)
-    return jnp.mean((y - features @ u) ** 2) + ridge * jnp.sum(u**2)
 
 
 class Setting(NamedTuple):
@@ -297,7 +284,7 @@ def _solver(method: str, setting: Setting, own: tuple[tuple[str, float], ...]) -
 
     def outer_objective(omega: OuterParams, v: jax.Array, batch: Batch) -> jax.Array:
         values = v if instrumental else treatment(omega, batch)
-        return ridge_objective(with_covariates(omega, values, batch), batch.y, ridge)
+        return iv.ridge_objective(with_covariates(omega, values, batch), batch.y, ridge)
 
     problem = fb.FunctionalProblem(inner_objective, outer_objective, inputs=lambda batch: batch.z)
     bilevel = fb.bilevel(
@@ -330,7 +317,7 @@ def _solver(method: str, setting: Setting, own: tuple[tuple[str, float], ...]) -
                 return with_covariates(omega, treatment(omega, batch), batch)
 
         sample = batches(data)[1]
-        u = second_stage(seen(sample), sample.y, ridge)
+        u = iv.ridge_regression(seen(sample), sample.y, ridge)
         structural = with_covariates(omega, treatment(omega, data.points), data.points) @ u
         loss = jnp.mean((seen(data.validation) @ u - data.validation.y) ** 2)
         return Evaluation(structural * data.y_std + data.y_mean, loss * data.y_std**2)
@@ -347,7 +334,7 @@ def fit(
     """
     common = {name: value for name, value in hyper.items() if name in Setting._fields}
     own = tuple(sorted((name, value) for name, value in hyper.items() if name not in common))
-    setting = setting._replace(**{name: type(getattr(setting, name))(value) for name, value in common.items()})
+    setting = setting._replace(**common)
     solver = _solver(method, setting, own)
     stacked: Data = jax.tree.map(lambda *a: jnp.stack(a), *data)
     batches = jax.vmap(solver.batches)(stacked)
@@ -429,40 +416,41 @@ class Compare(_records.Options):
         """The data of a seed."""
         raise NotImplementedError
 
-    def value(self, seed: int, predictions: Array) -> float:
+    def value(self, predictions: Array) -> float:
         """The metric of one seed's predictions at its points."""
         raise NotImplementedError
 
     def results(self, directory: Path, track: _records.Track) -> dict[str, Result]:
         """Chooses each method's hyper-parameters by the validation loss on four other seeds, then trains on all seeds.
 
-        Each trial is one line per seed of trials.jsonl, and is not repeated if it stands there already. runs.jsonl is
-        written anew. All seeds are trained in one vmap; a record's seconds are an equal share.
+        A run that broke counts as infinite. Each trial is one line per seed of trials.jsonl, and is not repeated if it
+        stands there already. runs.jsonl is written anew. All seeds are trained in one vmap; a record's seconds are an
+        equal share.
         """
-        (directory / "runs.jsonl").unlink(missing_ok=True)
-        chosen = {method: self._choose(directory / "trials.jsonl", method, track) for method in self.methods}
+        trials_path, runs_path = directory / "trials.jsonl", directory / "runs.jsonl"
+        losses: dict[tuple[str, str], list[float]] = {}
+        for record in _records.read_existing(trials_path):
+            loss = record["metrics"]["validation_loss"]
+            key = record["method"], _records.settings_key(record["settings"])
+            losses.setdefault(key, []).append(np.inf if loss is None else loss)
+        held_out = [self.data(seed) for seed in SELECTION_SEEDS]
+        chosen: dict[str, Hyper] = {}
+        for method in self.methods:
+            hypers = trials(method, self.setting)
+            keys = [(method, _records.settings_key(self._settings(hyper))) for hyper in hypers]
+            for i, (key, hyper) in enumerate(zip(keys, hypers, strict=True), start=1):
+                if len(losses.get(key, ())) < len(SELECTION_SEEDS):
+                    result = self._run(trials_path, method, hyper, held_out, SELECTION_SEEDS, track, f"{method} {i}")
+                    loss = result.validation_loss
+                    losses[key] = np.where(np.isfinite(loss), loss, np.inf).tolist()
+            chosen[method] = hypers[int(np.argmin([np.mean(losses[key]) for key in keys]))]
+
+        runs_path.unlink(missing_ok=True)
         seeds = tuple(range(self.seed, self.seed + self.seeds))
         data = [self.data(seed) for seed in seeds]
         return {
-            method: self._run(directory / "runs.jsonl", method, hyper, data, seeds, track, method)
-            for method, hyper in chosen.items()
+            method: self._run(runs_path, method, hyper, data, seeds, track, method) for method, hyper in chosen.items()
         }
-
-    def _choose(self, path: Path, method: str, track: _records.Track) -> Hyper:
-        """Of the method's trials the one with the least mean validation loss; a run that broke counts as infinite."""
-        done: dict[str, list[float]] = {}
-        for record in _records.read(path) if path.exists() else ():
-            loss = record["metrics"]["validation_loss"]
-            done.setdefault(_key(record["method"], record["settings"]), []).append(np.inf if loss is None else loss)
-        hypers, losses = trials(method, self.setting), list[float]()
-        data = [self.data(seed) for seed in SELECTION_SEEDS]
-        for i, hyper in enumerate(hypers, start=1):
-            of_trial = done.get(_key(method, self._settings(hyper)), [])
-            if len(of_trial) < len(SELECTION_SEEDS):
-                result = self._run(path, method, hyper, data, SELECTION_SEEDS, track, f"{method} {i}")
-                of_trial = np.where(np.isfinite(result.validation_loss), result.validation_loss, np.inf).tolist()
-            losses.append(float(np.mean(of_trial)))
-        return hypers[int(np.argmin(losses))]
 
     def _settings(self, hyper: Hyper) -> dict[str, Any]:
         return self.settings() | self.setting._asdict() | dict(hyper)
@@ -481,16 +469,12 @@ class Compare(_records.Options):
         settings = self._settings(hyper)
         evaluation, last = fit(method, self.setting, hyper, data, seeds, track(label, int(settings["num_outer_steps"])))
         seconds = (time.perf_counter() - start) / len(seeds)
-        values = np.array([self.value(seed, row) for seed, row in zip(seeds, evaluation.predictions, strict=True)])
+        values = np.array([self.value(row) for row in evaluation.predictions])
         for i, seed in enumerate(seeds):
             metrics = {name: last[name][i] for name in ("outer_objective", "inner_objective", "hypergradient_norm")}
             metrics |= {self.metric: values[i], "validation_loss": evaluation.validation_loss[i]}
             _records.append(path, _records.record(self.task, method, seed, settings, metrics, seconds))
         return Result(values, evaluation.predictions, evaluation.validation_loss)
-
-
-def _key(method: str, settings: Any) -> str:
-    return method + json.dumps(settings, sort_keys=True)
 
 
 class Row(NamedTuple):
@@ -535,16 +519,3 @@ def ranked(result: Result) -> Array:
 def p_value(result: Result, baseline: Result) -> float | None:
     """Of the paired, two-sided Wilcoxon test between two methods on the same seeds."""
     return paired_p_value(ranked(result) - ranked(baseline))
-
-
-def draw_boxes(axes: Any, results: Mapping[str, Result]) -> None:
-    """The values as boxes with their seeds."""
-    finite = {name: result.values[np.isfinite(result.values)] for name, result in results.items()}
-    drawn: Any = axes.boxplot(list(finite.values()), widths=0.6, showfliers=False, patch_artist=True)
-    rng = np.random.default_rng(0)
-    parts = zip(finite.items(), drawn["boxes"], drawn["medians"], strict=True)
-    for i, ((name, sample), box, line) in enumerate(parts, start=1):
-        box.set(facecolor=COLOURS[name], alpha=0.35, edgecolor=COLOURS[name])
-        line.set(color="black")
-        axes.scatter(i + rng.uniform(-0.18, 0.18, len(sample)), sample, s=10, color=COLOURS[name], zorder=3, lw=0)
-    axes.set_xticks(range(1, len(finite) + 1), [name.replace("-", "\n", 1) for name in finite], fontsize=8)

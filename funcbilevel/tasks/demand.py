@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from funcbilevel.tasks import _records, covariate_iv
+from funcbilevel.tasks._figures import STYLE, draw_boxes
 from funcbilevel.tasks.covariate_iv import COLOURS, Batch, Data, Result
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ class CompareDemand(covariate_iv.Compare):
         """A fresh sample."""
         return arrays(seed, self.n, self.rho, self.noise)
 
-    def value(self, seed: int, predictions: Array) -> float:
+    def value(self, predictions: Array) -> float:
         """The test MSE."""
         return test_mse(predictions)
 
@@ -197,11 +198,10 @@ def draw(results: Mapping[str, Result], options: CompareDemand, path: Path) -> N
     from matplotlib import rc_context  # noqa: PLC0415
     from matplotlib.figure import Figure  # noqa: PLC0415
 
-    style: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10}
-    with rc_context(style):
+    with rc_context(STYLE):
         figure = Figure(figsize=(11, 4.4), layout="constrained")
         boxes, curves = figure.subplots(1, 2, width_ratios=(1.15, 1))
-        covariate_iv.draw_boxes(boxes, results)
+        draw_boxes(boxes, {name: result.values for name, result in results.items()}, COLOURS)
         boxes.set_yscale("log")
         title = f"{options.seeds} seeds, n = {options.n}, noise = {options.noise:g}"
         boxes.set(ylabel="Test MSE (log scale)", title=title)

@@ -457,7 +457,7 @@ def simultaneous(game: Game, leader: Weights, follower: Weights | None) -> fb.Bi
             g_follower = g_follower if follower is leader else gradients(follower)[1]
             updates, inner_opt_state = game.follower_optimizer.update(g_follower, state.inner_opt_state, theta)
             new = new._replace(inner_params=optax.apply_updates(theta, updates), inner_opt_state=inner_opt_state)
-        norm = tree_norm(g_leader)
+        norm = optax.tree.norm(g_leader)
         values = {
             "outer_objective": leader[0] * accuracy + leader[1] * unfairness,
             "inner_objective": unfairness if follower is None else follower[0] * accuracy + follower[1] * unfairness,
@@ -520,11 +520,6 @@ METHODS: dict[str, Callable[[Game], fb.BilevelSolver]] = {
     "itd": _itd,
     "penalty-value": _value_penalty,
 }
-
-
-def tree_norm(tree: Any) -> jax.Array:
-    """Euclidean norm of all leaves together."""
-    return jnp.sqrt(sum((jnp.sum(leaf**2) for leaf in jax.tree.leaves(tree)), start=jnp.zeros(())))
 
 
 # Training.
@@ -669,8 +664,8 @@ def diagnosis(
         eta, alpha, beta = hyper.eta, hyper.follower_accuracy, hyper.leader_fairness
         one = jnp.ones_like(values[0])
         return {
-            "follower_gradient": tree_norm(pull((alpha * one, eta * one))),
-            "follower_gradient_of_leader": tree_norm(pull((one, beta * eta * one))),
+            "follower_gradient": optax.tree.norm(pull((alpha * one, eta * one))),
+            "follower_gradient_of_leader": optax.tree.norm(pull((one, beta * eta * one))),
             "train_accuracy_loss": values[0],
             "train_unfairness": values[1],
         }

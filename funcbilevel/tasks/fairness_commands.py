@@ -2,7 +2,7 @@
 
 import json
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
@@ -13,6 +13,8 @@ import numpy as np
 
 import funcbilevel as fb
 from funcbilevel.tasks import _records, fairness, fairness_data
+from funcbilevel.tasks._figures import STYLE
+from funcbilevel.tasks._statistics import bootstrap_interval
 from funcbilevel.tasks.fairness import Hyper, Setting
 
 if TYPE_CHECKING:
@@ -33,7 +35,6 @@ COLOURS = {
     "itd": "C4",
     "penalty-value": "C2",
 }
-_STYLE: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10}
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,10 @@ class _Shared(_records.Options):
     def settings(self) -> dict[str, Any]:
         """The options that decide the numbers; not where the data are."""
         return {name: value for name, value in super().settings().items() if name != "data"}
+
+    def status(self, metrics: Mapping[str, Any]) -> str:
+        """Accuracy and gap on the test part."""
+        return f"accuracy {metrics['accuracy'][-1]:.3f}, parity gap {metrics['dp_gap'][-1]:.3f}"
 
     def load(self, seed: int = 0) -> fairness_data.Dataset:
         """The data that the options ask for; of the NBA graph, which is small, each seed divides the nodes anew."""
@@ -221,7 +226,7 @@ def draw_run(method: str, cell: fairness.Cell, path: Path) -> None:
 
     epochs = cell.curves["epoch"]
     marker = "." if len(epochs) < 40 else None
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure = Figure(figsize=(10, 3.2), layout="constrained")
         accuracy, gaps, objectives = figure.subplots(1, 3)
         accuracy.plot(epochs, cell.curves["accuracy"], color="C3", marker=marker)
@@ -369,16 +374,17 @@ class CompareFairness(_Shared):
         """Adds what is missing to runs.jsonl, draws fairness.png, and returns the table (also table.md)."""
         protocol = PROTOCOLS[self.protocol]
         epochs, path = self.num_epochs or protocol.num_epochs, directory / "runs.jsonl"
-        done = {_identity(record) for record in _read(path)}
+        done = {_records.identity(record) for record in _records.read_existing(path)}
         for variant in protocol.variants:
             if not self.methods or variant.method in self.methods:
                 self._one(directory, protocol, variant, epochs, done, track)
-        if self.costs:
+        if self.costs and not (directory / "costs.jsonl").exists():
             _measure(directory / "costs.jsonl", self.load(), protocol.setting)
-        rows = summarise(list(_read(path)), protocol.front)
+        runs = list(_records.read_existing(path))
+        rows = summarise(runs, protocol.front)
         (directory / "table.md").write_text(markdown(rows), encoding="utf-8")
-        draw_comparison(list(_read(path)), rows, directory / "fairness.png", f"{self.dataset}, {epochs} epochs")
-        return _comparison_table(rows, list(_read(directory / "costs.jsonl")))
+        draw_comparison(runs, rows, directory / "fairness.png", f"{self.dataset}, {epochs} epochs")
+        return _comparison_table(rows, list(_records.read_existing(directory / "costs.jsonl")))
 
     def _one(
         self,
@@ -398,13 +404,11 @@ class CompareFairness(_Shared):
         all_seeds = range(self.seed, self.seed + self.seeds)
         for seeds in [[seed] for seed in all_seeds] if self.dataset == "nba" else [all_seeds]:
             dataset = self.load(seeds[0])
+            keys = [_records.settings_key(settings_of(dataset, setting, hyper, epochs)) for hyper in hypers]
             missing = [
                 hyper
-                for hyper in hypers
-                if any(
-                    (variant.method, seed, _key(settings_of(dataset, setting, hyper, epochs))) not in done
-                    for seed in seeds
-                )
+                for hyper, key in zip(hypers, keys, strict=True)
+                if any((variant.method, seed, key) not in done for seed in seeds)
             ]
             if missing:
                 callback = track(variant.label[:17], epochs)
@@ -414,22 +418,8 @@ class CompareFairness(_Shared):
                 write(directory, variant.method, dataset, setting, outcome, epochs)
 
 
-def _read(path: Path) -> Iterator[_records.Record]:
-    return _records.read(path) if path.exists() else iter(())
-
-
-def _key(settings: Any) -> str:
-    return json.dumps(settings, sort_keys=True)
-
-
-def _identity(record: _records.Record) -> tuple[str, int, str]:
-    return record["method"], record["seed"], _key(record["settings"])
-
-
 def _measure(path: Path, dataset: fairness_data.Dataset, setting: Setting) -> None:
     """One epoch of one cell of alternating, either update, beside one of the Lagrangian on the same network."""
-    if path.exists():
-        return
     setting = setting._replace(inner_steps=1, inner_batch_size=None)
     train = jax.tree.map(jnp.asarray, dataset.train)
     keys, hyper = jnp.stack([jax.random.key(0)]), jax.tree.map(lambda value: jnp.array([value]), Hyper())
@@ -485,11 +475,9 @@ class Row(NamedTuple):
 
 
 def mean_interval(sample: Sequence[float]) -> Interval:
-    """(mean, low, high) with the 95% percentile bootstrap interval of the mean, 10,000 resamples of a fixed seed."""
+    """The mean and its 95% bootstrap interval."""
     array = np.array(sample)
-    means = np.random.default_rng(0).choice(array, (10_000, len(array))).mean(axis=1)
-    low, high = np.quantile(means, (0.025, 0.975))
-    return float(array.mean()), float(low), float(high)
+    return float(array.mean()), *bootstrap_interval(array, np.mean)
 
 
 def label(record: _records.Record) -> str:
@@ -509,7 +497,7 @@ def reference(runs: Sequence[_records.Record]) -> tuple[float, float]:
 
 
 def _trial(record: _records.Record) -> str:
-    return _key(record["settings"])
+    return _records.settings_key(record["settings"])
 
 
 def summarise(runs: Sequence[_records.Record], front: bool) -> list[Row]:
@@ -614,9 +602,7 @@ def header(rows: Sequence[Row]) -> tuple[str, ...]:
 
 def markdown(rows: Sequence[Row]) -> str:
     """The table in Markdown."""
-    names = header(rows)
-    lines = [names, ("---",) * len(names), *(_cells(row) for row in rows)]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+    return _records.markdown_table(header(rows), map(_cells, rows))
 
 
 def _comparison_table(rows: Sequence[Row], costs: Sequence[_records.Record]) -> "RenderableType":
@@ -666,7 +652,7 @@ def draw_comparison(runs: Sequence[_records.Record], rows: Sequence[Row], path: 
 
     names = list(dict.fromkeys(row.label for row in rows))
     front = any(row.hypervolume for row in rows)
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure = Figure(figsize=(11, 4.4) if front else (6.5, 4.4), layout="constrained")
         panels: Any = figure.subplots(1, 2 if front else 1, width_ratios=(1.5, 1) if front else None)
         plane = panels[0] if front else panels

@@ -107,9 +107,19 @@ class Batch(NamedTuple):
 
 def second_stage(h: jax.Array, y: jax.Array) -> jax.Array:
     """u, [k + 1]: the ridge regression of y on [h, 1], in closed form."""
-    H = with_constant(h)
-    gram = H.T @ H / len(y) + OUTER_RIDGE * jnp.eye(H.shape[1], dtype=H.dtype)
-    return jax.scipy.linalg.solve(gram, H.T @ y / len(y), assume_a="pos")
+    return ridge_regression(with_constant(h), y, OUTER_RIDGE)
+
+
+def ridge_regression(features: jax.Array, y: jax.Array, ridge: float) -> jax.Array:
+    """u, [p], that minimises E (y - u'features)^2 + ridge |u|^2 for features [n, p], in closed form."""
+    gram = features.T @ features / len(y) + ridge * jnp.eye(features.shape[1], dtype=features.dtype)
+    return jax.scipy.linalg.solve(gram, features.T @ y / len(y), assume_a="pos")
+
+
+def ridge_objective(features: jax.Array, y: jax.Array, ridge: float) -> jax.Array:
+    """E (y - u'features)^2 + ridge |u|^2 at its minimum over u."""
+    u = ridge_regression(features, y, ridge)
+    return jnp.mean((y - features @ u) ** 2) + ridge * jnp.sum(u**2)
 
 
 def with_constant(h: jax.Array) -> jax.Array:
@@ -126,8 +136,7 @@ def inner_objective(f: jax.Array, h: jax.Array, batch: Batch) -> jax.Array:
 def outer_objective(f: jax.Array, h: jax.Array, batch: Batch) -> jax.Array:
     """The second stage's ridge objective at its minimum over u."""
     del f
-    u = second_stage(h, batch.y)
-    return jnp.mean((batch.y - with_constant(h) @ u) ** 2) + OUTER_RIDGE * jnp.sum(u**2)
+    return ridge_objective(with_constant(h), batch.y, OUTER_RIDGE)
 
 
 problem = fb.FunctionalProblem(inner_objective, outer_objective, inputs=lambda batch: batch.z)

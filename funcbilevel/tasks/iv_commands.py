@@ -5,7 +5,7 @@ import json
 import os
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,6 +16,7 @@ import numpy as np
 
 import funcbilevel as fb
 from funcbilevel.tasks import _records, dsprites, iv
+from funcbilevel.tasks._figures import STYLE, draw_boxes
 from funcbilevel.tasks._statistics import bootstrap_interval, paired_p_value
 
 if TYPE_CHECKING:
@@ -78,6 +79,11 @@ class _Shared(_records.Options):
             "matrix": Path(matrix).name if matrix else "drawn",
         }
         return {name: value for name, value in super().settings().items() if name != "download"} | names
+
+    def status(self, metrics: Mapping[str, Any]) -> str:
+        """Both objectives and the test MSE."""
+        outer, inner, error = (metrics[name][-1] for name in ("outer_objective", "inner_objective", "test_mse"))
+        return f"outer {outer:.2f}, inner {inner:.3f}, test MSE {error:.2f}"
 
     def source(self) -> dsprites.Hearts:
         """The pictures that the options ask for."""
@@ -149,7 +155,7 @@ def draw_run(method: str, data: iv.Arrays, outcome: iv.Outcome, path: Path) -> N
 
     curves, steps = outcome.curves, outcome.curves["step"]
     true, predicted = np.asarray(data.test_y), np.asarray(outcome.evaluation.predictions)
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure = Figure(figsize=(10, 5.6), layout="constrained")
         panels: Any = figure.subplot_mosaic(
             [["objectives", "mse", "scatter"], ["pictures", "pictures", "pictures"]], height_ratios=(3, 1)
@@ -180,9 +186,6 @@ def draw_run(method: str, data: iv.Arrays, outcome: iv.Outcome, path: Path) -> N
         panels["pictures"].set_axis_off()
         panels["pictures"].set_title("Treatments: ten noisy pictures of the inner sample")
         figure.savefig(path, dpi=150)
-
-
-_STYLE: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10}
 
 
 # All of them.
@@ -227,12 +230,12 @@ class CompareIV(_Shared):
         chosen = {method: iv.METHODS[method].chosen for method in self.methods}
         if self.select:
             chosen = self._select(directory, track, source, B, setting._replace(n=self.selection_n))
-        done = {_identity(record) for record in _read(directory / "runs.jsonl")}
+        done = {_records.identity(record) for record in _records.read_existing(directory / "runs.jsonl")}
         for seed in range(self.seed, self.seed + self.seeds):
             data = None
             for method in self.methods:
                 settings = iv.settings_of(setting, chosen[method], self.num_outer_steps, self.batch_size)
-                if (method, seed, _key(settings)) in done:
+                if (method, seed, _records.settings_key(settings)) in done:
                     continue
                 data = data or iv.arrays(self.n, seed, source, B)
                 self._one(directory, "runs", method, setting, chosen[method], seed, data, track)
@@ -240,7 +243,8 @@ class CompareIV(_Shared):
                 _run_references(directory, done, self.n, seed, source, B)
         if self.costs and not (directory / "costs.jsonl").exists():
             _measure(directory / "costs.jsonl", setting, chosen, iv.arrays(self.n, self.seed, source, B))
-        rows = summarise(list(_read(directory / "runs.jsonl")), list(_read(directory / "costs.jsonl")))
+        runs, costs = (list(_records.read_existing(directory / f"{name}.jsonl")) for name in ("runs", "costs"))
+        rows = summarise(runs, costs)
         (directory / "table.md").write_text(markdown(rows), encoding="utf-8")
         draw_comparison(directory, rows, directory / "iv.png", f"n = {self.n}, {self.num_outer_steps} outer steps")
         return _comparison_table(rows)
@@ -267,25 +271,20 @@ class CompareIV(_Shared):
         self, directory: Path, track: _records.Track, source: dsprites.Hearts, B: Any, setting: iv.Setting
     ) -> dict[str, iv.Hyper]:
         """The trial of each method with the least mean validation loss over the selection's seeds."""
-        done = {_identity(record) for record in _read(directory / "selection.jsonl")}
-        trials = [(method, hyper) for method in self.methods for hyper in iv.METHODS[method].trials]
-        for (method, hyper), seed in itertools.product(trials, SELECTION_SEEDS):
-            settings = iv.settings_of(setting, hyper, self.num_outer_steps, self.batch_size)
-            if (method, seed, _key(settings)) not in done:
-                data = iv.arrays(setting.n, seed, source, B)
-                self._one(directory, "selection", method, setting, hyper, seed, data, track)
-        records = list(_read(directory / "selection.jsonl"))
-        return {
-            method: choose(
-                records,
-                method,
-                {
-                    _key(iv.settings_of(setting, hyper, self.num_outer_steps, self.batch_size)): hyper
-                    for hyper in iv.METHODS[method].trials
-                },
-            )
-            for method in self.methods
-        }
+        done = {_records.identity(record) for record in _records.read_existing(directory / "selection.jsonl")}
+        trials: dict[str, dict[str, iv.Hyper]] = {}
+        for method in self.methods:
+            settings = [
+                iv.settings_of(setting, hyper, self.num_outer_steps, self.batch_size)
+                for hyper in iv.METHODS[method].trials
+            ]
+            trials[method] = dict(zip(map(_records.settings_key, settings), iv.METHODS[method].trials, strict=True))
+            for (key, hyper), seed in itertools.product(trials[method].items(), SELECTION_SEEDS):
+                if (method, seed, key) not in done:
+                    data = iv.arrays(setting.n, seed, source, B)
+                    self._one(directory, "selection", method, setting, hyper, seed, data, track)
+        records = list(_records.read_existing(directory / "selection.jsonl"))
+        return {method: choose(records, method, of_method) for method, of_method in trials.items()}
 
 
 SELECTION_SEEDS = (1000, 1001, 1002, 1003)
@@ -301,23 +300,11 @@ def choose(records: list[_records.Record], method: str, trials: dict[str, iv.Hyp
         of_trial = [
             record["metrics"]["validation_loss"]
             for record in records
-            if record["method"] == method and _key(record["settings"]) == key
+            if record["method"] == method and _records.settings_key(record["settings"]) == key
         ]
         return float(np.mean([np.inf if value is None else value for value in of_trial])) if of_trial else np.inf
 
     return trials[min(trials, key=loss)]
-
-
-def _read(path: Path) -> Iterator[_records.Record]:
-    return _records.read(path) if path.exists() else iter(())
-
-
-def _key(settings: Any) -> str:
-    return json.dumps(settings, sort_keys=True)
-
-
-def _identity(record: _records.Record) -> tuple[str, int, str]:
-    return record["method"], record["seed"], _key(record["settings"])
 
 
 REFERENCES: dict[str, Callable[[dsprites.Data, dsprites.Clean], float]] = {
@@ -328,7 +315,7 @@ REFERENCES: dict[str, Callable[[dsprites.Data, dsprites.Clean], float]] = {
 
 
 def _run_references(directory: Path, done: set[Any], n: int, seed: int, source: dsprites.Hearts, B: Any) -> None:
-    missing = [name for name in REFERENCES if (name, seed, _key({"n": n})) not in done]
+    missing = [name for name in REFERENCES if (name, seed, _records.settings_key({"n": n})) not in done]
     if not missing:
         return
     data, test = dsprites.generate(n, seed, source, B), dsprites.test_set(source, B)
@@ -435,8 +422,7 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 def markdown(rows: list[Row]) -> str:
     """The table in Markdown."""
-    lines = [HEADER, ("---",) * len(HEADER), *(_cells(row) for row in rows)]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+    return _records.markdown_table(HEADER, map(_cells, rows))
 
 
 def _comparison_table(rows: list[Row]) -> "RenderableType":
@@ -463,23 +449,13 @@ def draw_comparison(directory: Path, rows: list[Row], path: Path, title: str) ->
     from matplotlib.figure import Figure  # noqa: PLC0415
 
     shown = [row for name in COLOURS for row in rows if row.method == name]
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure = Figure(figsize=(12, 4.2), layout="constrained")
         boxes, outer, inner = figure.subplots(1, 3, width_ratios=(1.6, 1, 1))
-        samples = [list(row.test_mse.values()) for row in shown]
-        drawn: Any = boxes.boxplot(samples, widths=0.6, showfliers=False, patch_artist=True)
-        rng = np.random.default_rng(0)
-        for i, (row, box, line, sample) in enumerate(
-            zip(shown, drawn["boxes"], drawn["medians"], samples, strict=True), start=1
-        ):
-            box.set(facecolor=COLOURS[row.method], alpha=0.35, edgecolor=COLOURS[row.method])
-            line.set(color="black")
-            x = i + rng.uniform(-0.18, 0.18, len(sample))
-            boxes.scatter(x, sample, s=7, color=COLOURS[row.method], zorder=3, lw=0)
+        draw_boxes(boxes, {row.method: np.array(list(row.test_mse.values())) for row in shown}, COLOURS)
         boxes.set_yscale("log")
-        labels = [row.method.replace("-", "\n", 1) for row in shown]
-        boxes.set_xticks(range(1, len(shown) + 1), labels, fontsize=7.5)
-        boxes.set(ylabel="Test MSE", title=f"Test MSE over {max(map(len, samples))} seeds ({title})")
+        seeds = max(len(row.test_mse) for row in shown)
+        boxes.set(ylabel="Test MSE", title=f"Test MSE over {seeds} seeds ({title})")
 
         curves = _read_curves(directory / "runs-curves.jsonl")
         for axes, name in ((outer, "outer_objective"), (inner, "inner_objective")):

@@ -3,7 +3,7 @@
 import json
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -66,6 +66,10 @@ class _Shared(_records.Options):
                 raise ValueError(f"--{name.replace('_', '-')} must be positive, got {rate}.")
         if self.tau is not None and not 0 < self.tau <= 1:
             raise ValueError(f"--tau must be in (0, 1], got {self.tau}.")
+
+    def status(self, metrics: Mapping[str, Any]) -> str:
+        """The evaluation's return and the throughput."""
+        return f"return {metrics['evaluation_return'][-1]:.0f}, {metrics['steps_per_second'][-1]:,.0f} steps/s"
 
     def setting(self, method: str, model_width: int) -> rl.Setting:
         """The method's own setting, with the options that were given."""
@@ -228,13 +232,9 @@ def read(directory: Path) -> Iterator[dict[str, Any]]:
     names = [directory / name for name in ("runs.jsonl", "runs-curves.jsonl")]
     if names[0].exists():
         lines = names[1].read_text(encoding="utf-8").splitlines()
-        curves = {_identity(curve): curve for curve in map(json.loads, lines)}
+        curves = {_records.identity(curve): curve for curve in map(json.loads, lines)}
         for record in _records.read(names[0]):
-            yield {**record, "curves": curves[_identity(record)]}
-
-
-def _identity(record: Any) -> tuple[str, int, str]:
-    return record["method"], record["seed"], json.dumps(record["settings"], sort_keys=True)
+            yield {**record, "curves": curves[_records.identity(record)]}
 
 
 # What is shown of them.
@@ -281,7 +281,7 @@ def summarise(records: list[dict[str, Any]]) -> list[Row]:
     """One row per setting and method, by length, width and the order of `rl.METHODS`."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for record in records:
-        groups.setdefault((record["method"], _identity(record)[2]), []).append(record)
+        groups.setdefault((record["method"], _records.identity(record)[2]), []).append(record)
     rows = [
         Row(
             method,
@@ -321,8 +321,7 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 def markdown(rows: list[Row]) -> str:
     """The table in Markdown."""
-    lines = [HEADER, ("---",) * len(HEADER), *map(_cells, rows)]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+    return _records.markdown_table(HEADER, map(_cells, rows))
 
 
 def _table(rows: list[Row], task: str) -> "RenderableType":

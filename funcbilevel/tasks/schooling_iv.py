@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from funcbilevel.tasks import _records, covariate_iv, schooling
-from funcbilevel.tasks.covariate_iv import Batch, Data, Result, Setting
+from funcbilevel.tasks._figures import draw_boxes
+from funcbilevel.tasks.covariate_iv import COLOURS, Batch, Data, Result, Setting
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -77,7 +78,7 @@ class CompareSchooling(covariate_iv.Compare):
         """A split of the men."""
         return arrays(seed)
 
-    def value(self, seed: int, predictions: Array) -> float:
+    def value(self, predictions: Array) -> float:
         """The mean slope."""
         return mean_slope(predictions)
 
@@ -132,7 +133,7 @@ def draw(results: Mapping[str, Result], reference: schooling.Reference, path: Pa
         axes.axhspan(low, high, color="C0", alpha=0.1, lw=0, label="2SLS, 95% interval")
         axes.axhline(reference.iv2sls[EDUC], color="C0", lw=1.5, label="2SLS")
         axes.axhline(reference.ols[EDUC], color="0.3", lw=1.5, ls="--", label="OLS")
-        covariate_iv.draw_boxes(axes, results)
+        draw_boxes(axes, {name: result.values for name, result in results.items()}, COLOURS)
         axes.set(ylabel="Log wage per year of education", title="Mean slope, neural networks at both levels")
         axes.legend(frameon=False, fontsize=8)
         figure.savefig(path, dpi=150)
