@@ -4,16 +4,19 @@
 
 The ways take turns in one process, and medians over the rounds are reported. `one-seed` is what ten sequential compiled
 runs come to. `python-loop` is the strongest loop of its kind: one compiled, donated call per step of the environment,
-acting, environment, buffer and learning in one program.
+acting, environment, buffer and learning in one program. `gymnasium-loop` is the ordinary one: the same agent on
+`gymnasium.make("CartPole-v1")`, with a NumPy replay buffer, and acting and learning compiled each.
 """
 
 import argparse
+import itertools
 import statistics
 import time
 from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 
 from funcbilevel.tasks import _records, rl, rl_cartpole
 
@@ -48,7 +51,10 @@ def main() -> None:
     for name, (seeds, program, _) in ways.items():
         state = compiled.explore(compiled.init(jax.random.split(jax.random.key(0), seeds)))
         states[name] = jax.block_until_ready(program(state, np.int32(setting.random_steps))[0])
-    rates = {name: [] for name in ways}
+    loop = gymnasium_loop(environment, arguments.method, setting)
+    for _ in range(setting.random_steps + arguments.steps):
+        next(loop)
+    rates = {name: [] for name in (*ways, "gymnasium-loop")}
     for _ in range(arguments.rounds):
         for name, (seeds, program, calls) in ways.items():
             state, start = states[name], time.perf_counter()
@@ -56,6 +62,10 @@ def main() -> None:
                 state, _ = program(state, np.int32(2000 + i))
             states[name] = jax.block_until_ready(state)
             rates[name].append(seeds * arguments.steps / (time.perf_counter() - start))
+        start = time.perf_counter()
+        for _ in range(arguments.steps):
+            next(loop)
+        rates["gymnasium-loop"].append(arguments.steps / (time.perf_counter() - start))
     medians = {name: statistics.median(values) for name, values in rates.items()}
     reference = medians[f"vmapped-{arguments.seeds}"]
     for name, rate in medians.items():
@@ -63,10 +73,44 @@ def main() -> None:
         if arguments.output is not None:
             metrics = {"steps_per_second": rate, "speedup_of_vmapped": reference / rate}
             settings = setting._asdict() | {"program": name}
-            seconds = arguments.steps * ways[name][0] / rate
+            seconds = arguments.steps * (ways[name][0] if name in ways else 1) / rate
             _records.append(
                 arguments.output, _records.record("cartpole", arguments.method, 0, settings, metrics, seconds)
             )
+
+
+def gymnasium_loop(environment, method, setting):
+    """Yields after every step of the agent on Gymnasium's own environment."""
+    import gymnasium  # noqa: PLC0415
+
+    solver = rl.agent(environment, method, setting)
+    state = jax.jit(lambda key: rl.init(environment, method, setting, key))(jax.random.key(0))
+    learner, target = state.learner, state.target_params
+
+    @jax.jit
+    def act(theta, observation, gumbel):
+        return rl.soft_action(theta, observation[None], gumbel[None], setting.alpha)[0]
+
+    def learn(learner, target, transition):
+        batch = rl.Batch(transition, target)
+        learner, _ = solver.step(learner, batch, batch)
+        return learner, optax.incremental_update(learner.inner_params, target, setting.tau)
+
+    learn = jax.jit(learn, donate_argnums=(0, 1))
+    env, rng = gymnasium.make("CartPole-v1"), np.random.default_rng(0)
+    buffer = np.zeros((100_000, rl.row_size(environment)), np.float32)
+    observation, _ = env.reset(seed=0)
+    for i in itertools.count():
+        gumbel = rng.gumbel(size=environment.num_actions).astype(np.float32)
+        random = i < setting.random_steps or rng.uniform() < setting.epsilon
+        action = rng.integers(environment.num_actions) if random else act(learner.inner_params, observation, gumbel)
+        after, reward, terminal, truncated, _ = env.step(int(action))
+        buffer[i % len(buffer)] = [*observation, *after, action, reward, terminal]
+        observation = env.reset()[0] if terminal or truncated else after
+        if i >= setting.random_steps:
+            rows = buffer[rng.integers(min(i + 1, len(buffer)), size=setting.batch_size)]
+            learner, target = jax.block_until_ready(learn(learner, target, rl.from_row(rows)))
+        yield
 
 
 if __name__ == "__main__":

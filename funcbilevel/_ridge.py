@@ -46,7 +46,7 @@ def ridge_solution(
         return jax.tree.map(lambda D, Z, m: D * m + ridge * D * D * Z, D, Z, products)
 
     right = jax.tree.map(lambda D, r: D * jnp.tensordot(U.T, r, 1), D, rhs)
-    Z = conjugate_gradients(matvec, right, jax.tree.map(jnp.zeros_like, right), num_steps)
+    Z = conjugate_gradients(matvec, right, None, num_steps)
     W = jax.tree.map(lambda D, Z: jnp.tensordot(U, D * Z, 1), D, Z)
     return W, linear_metrics(matvec, right, Z)
 

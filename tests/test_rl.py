@@ -479,6 +479,55 @@ def test_compare_command(tmp_path, capsys):
     assert (tmp_path / "cartpole.png").stat().st_size > 20_000
 
 
+def test_compare_selects_by_the_mean_return_of_other_seeds(tmp_path, monkeypatch):
+    trials = [{"inner_learning_rate": rate} for rate in (1e-3, 1e-2)]
+    monkeypatch.setattr(rl, "trials", lambda method: trials)
+    args = ("compare", "cartpole", *TINY, "--model-widths", "3", "--methods", "mle", "--seeds", "1", "--select")
+    args = (*args, "--value-bound", "100", "--selection-steps", "1100", "--output-dir", str(tmp_path))
+    cli.main(args)
+    tried = list(_records.read(tmp_path / "selection.jsonl"))
+    assert [r["seed"] for r in tried] == 2 * list(rl_commands.SELECTION_SEEDS)
+    mean = {
+        rate: np.mean([
+            r["metrics"]["return_auc"] for r in tried if r["settings"]["inner_learning_rate"] == rate
+        ])
+        for rate in (1e-3, 1e-2)
+    }  # fmt: skip
+    assert mean[1e-3] != mean[1e-2]
+    (record,) = _records.read(tmp_path / "runs.jsonl")
+    assert record["settings"]["inner_learning_rate"] == max(mean, key=mean.__getitem__)
+    assert record["settings"]["value_bound"] == 100.0
+    assert record["settings"]["steps"] == 1040
+    before = (tmp_path / "selection.jsonl").read_text()
+    cli.main(args)  # nothing is left to do
+    assert (tmp_path / "selection.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize("method", rl.METHODS)
+def test_every_method_has_as_many_trials(method):
+    trials = rl.trials(method)
+    assert len(trials) == 6
+    assert len({str(trial) for trial in trials}) == 6
+    assert all(rl.Setting()._replace(**trial) for trial in trials)
+
+
+def test_value_bound_clips_the_soft_value_of_both_targets():
+    transition = rl.Transition(
+        jnp.zeros((2, 4)), jnp.zeros(2, int), jnp.ones(2), jnp.ones((2, 4)), jnp.array([0.0, 1.0])
+    )
+    batch = rl.Batch(transition, None)
+    bellman = rl.Bellman(
+        lambda params, s: 500.0 * jnp.stack([s[:, :2]] * 2),
+        lambda w, s, a: (w * (s + 1), w * jnp.ones(2)),
+        0.9,
+        0.01,
+        100.0,
+    )
+    np.testing.assert_allclose(bellman.true_target(batch), [1.0 + 0.9 * 100.0, 1.0])
+    np.testing.assert_allclose(bellman.model_target(-1.0, batch), [-1.0 - 0.9 * 100.0, -1.0])
+    np.testing.assert_allclose(bellman._replace(value_bound=None).true_target(batch), [1 + 0.9 * 500.007, 1], rtol=1e-4)
+
+
 def test_pendulum_by_the_same_agents(tmp_path):
     args = ("--steps", "1040", "--evaluation-interval", "40", "--seeds", "1", "--method", "funcid-learned")
     cli.main(["run", "pendulum", *args, "--output-dir", str(tmp_path)])
@@ -498,6 +547,8 @@ def test_pendulum_by_the_same_agents(tmp_path):
         ("run", ("--seeds", "0"), r"--seeds must be at least 1, got 0"),
         ("run", ("--model-width", "0"), r"--model-width must be at least 1, got 0"),
         ("compare", ("--model-widths", "3", "0"), r"--model-widths must be at least 1, got \(3, 0\)"),
+        ("run", ("--value-bound", "-1"), r"--value-bound must be positive, got -1"),
+        ("compare", ("--select", "--selection-steps", "1500"), r"--selection-steps less the 1000 .*=1000, got 1500"),
         ("run", ("--tau", "1.5"), r"--tau must be in \(0, 1\], got 1.5"),
         ("run", ("--inner-learning-rate", "0"), r"--inner-learning-rate must be positive, got 0"),
         ("run", ("--evaluation-interval", "0"), r"--evaluation-interval must divide .*got 0"),

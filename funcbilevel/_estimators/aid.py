@@ -81,8 +81,7 @@ def aid(linear_solver: LinearSolver | lineax.AbstractLinearSolver[Any], warm_sta
         def damped(u: PyTree) -> PyTree:
             return tree_add_scaled(hessian(u), solver.damping, u)
 
-        initial = state if warm_start else jax.tree.map(jnp.zeros_like, rhs)
-        u = solver.solve(damped, rhs, initial)
+        u = solver.solve(damped, rhs, state if warm_start else None)
         cross = inner_cross_derivative(problem, outer_params, theta, inner_batch, u)
         g_imp = jax.tree.map(jnp.negative, cross)
 

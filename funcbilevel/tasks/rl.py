@@ -24,6 +24,7 @@ References:
     Differentiation*, AAAI 2022, https://arxiv.org/abs/2106.03273 (OMD).
 """
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from functools import cache, partial
@@ -196,16 +197,20 @@ class Bellman(NamedTuple):
         predict: the world model, `(omega, observation, action) -> (next observation, reward)`.
         discount: gamma.
         alpha: the temperature of the soft value.
+        value_bound: V is clipped to it, if it is given.
     """
 
     q_values: QValues
     predict: Predict
     discount: float
     alpha: float
+    value_bound: float | None = None
 
     def target(self, reward: jax.Array, next_observation: jax.Array, batch: Batch) -> jax.Array:
         """y = r + gamma (1 - done) V(s') with the target networks, [n]."""
         V = soft_value(self.q_values(batch.target_params, next_observation), self.alpha)
+        if self.value_bound is not None:
+            V = jnp.clip(V, -self.value_bound, self.value_bound)
         return reward + self.discount * (1.0 - batch.transition.terminal) * V
 
     def true_target(self, batch: Batch) -> jax.Array:
@@ -296,6 +301,8 @@ class Setting(NamedTuple):
         batch_size: transitions drawn from the buffer, with replacement.
         alpha, epsilon: the policy is softmax(mean_j Q_j / alpha), and with probability epsilon uniform.
         discount: gamma.
+        value_bound: the soft value in all targets is clipped to it; None as published. A reward of at most 1 gives
+            values of at most 1 / (1 - gamma), and without a bound some long runs of every kind diverge.
         random_steps: steps with uniform actions and without learning, at the beginning.
         capacity: transitions that the replay buffer keeps; 0: all.
         evaluation_interval: steps between evaluations.
@@ -316,6 +323,7 @@ class Setting(NamedTuple):
     alpha: float = 0.01
     epsilon: float = 0.1
     discount: float = 0.99
+    value_bound: float | None = None
     random_steps: int = 1000
     capacity: int = 0
     evaluation_interval: int = 1000
@@ -371,9 +379,21 @@ METHODS: dict[str, Method] = {
 }
 
 
+def trials(method: str) -> list[dict[str, Any]]:
+    """The settings among which a method may choose, six for each."""
+    own: dict[str, dict[str, list[Any]]] = {
+        "omd-cg": {"inner_learning_rate": [3e-4, 1e-3], "damping": [100.0, 1000.0, 10_000.0]},
+        "funcid-learned": {"inner_learning_rate": [1e-3, 3e-3], "adjoint_learning_rate": [1e-3, 3e-3, 1e-2]},
+    }
+    axes = own.get(method, {"inner_learning_rate": [3e-4, 1e-3, 3e-3], "warm_adam": [True, False]})
+    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+
+
 def bellman_of(environment: Environment, setting: Setting) -> Bellman:
     """The networks and constants of a setting."""
-    return Bellman(q_values, partial(predict, environment.num_actions), setting.discount, setting.alpha)
+    return Bellman(
+        q_values, partial(predict, environment.num_actions), setting.discount, setting.alpha, setting.value_bound
+    )
 
 
 def agent(environment: Environment, method: str, setting: Setting) -> fb.BilevelSolver:

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from funcbilevel.tasks import _records, rl, rl_cartpole, rl_pendulum
+from funcbilevel.tasks._figures import STYLE
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -46,6 +47,8 @@ class _Shared(_records.Options):
     """Whether Adam's moments on the Q-networks are kept from step to step; by default as the method's publication."""
     tau: float | None = None
     """Update rate of the target networks; by default the method's own."""
+    value_bound: float | None = None
+    """Clips the soft value in all targets; by default, as published, it is not clipped, and long runs may diverge."""
     evaluation_interval: int = 1000
     """Steps between evaluations, which are ten episodes each."""
 
@@ -61,7 +64,7 @@ class _Shared(_records.Options):
                 f"--evaluation-interval must divide the {self.steps - first} steps after the {first} random ones, got "
                 f"{self.evaluation_interval}."
             )
-        for name in ("inner_learning_rate", "outer_learning_rate"):
+        for name in ("inner_learning_rate", "outer_learning_rate", "value_bound"):
             if (rate := getattr(self, name)) is not None and rate <= 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be positive, got {rate}.")
         if self.tau is not None and not 0 < self.tau <= 1:
@@ -76,22 +79,34 @@ class _Shared(_records.Options):
         setting = rl.Setting(
             model_width=model_width, steps=self.steps, evaluation_interval=self.evaluation_interval
         )._replace(**rl.METHODS[method].chosen)
-        given = {
-            name: getattr(self, name) for name in ("inner_learning_rate", "outer_learning_rate", "warm_adam", "tau")
-        }
+        names = ("inner_learning_rate", "outer_learning_rate", "warm_adam", "tau", "value_bound")
+        given = {name: getattr(self, name) for name in names}
         return setting._replace(**{name: value for name, value in given.items() if value is not None})
 
-    def complete(self, directory: Path, track: _records.Track, method: str, setting: rl.Setting, *, gif: bool) -> None:
-        """Trains the seeds that runs.jsonl does not hold yet, and adds their records and curves."""
+    def complete(
+        self,
+        directory: Path,
+        name: str,
+        track: _records.Track,
+        label: str,
+        method: str,
+        setting: rl.Setting,
+        seeds: Sequence[int],
+    ) -> "Trained | None":
+        """Trains the seeds that `name`.jsonl does not hold yet, and adds their records and curves.
+
+        Returns:
+            What was trained, if there was anything to do.
+        """
         settings = settings_of(method, setting)
-        done = {r["seed"] for r in read(directory) if r["method"] == method and r["settings"] == settings}
-        seeds = [seed for seed in range(self.seed, self.seed + self.seeds) if seed not in done]
+        done = {r["seed"] for r in read(directory, name) if r["method"] == method and r["settings"] == settings}
+        seeds = [seed for seed in seeds if seed not in done]
         if not seeds:
-            return
+            return None
         environment, start = ENVIRONMENTS[self.task].environment(), time.perf_counter()
         identity = zlib.crc32(json.dumps([settings, seeds], sort_keys=True).encode())  # no other run's state
         checkpoint = directory / f"{method}-{identity:08x}.checkpoint.npz"
-        bar = track(f"{method} {setting.model_width}", setting.steps - setting.random_steps)
+        bar = track(label, setting.steps - setting.random_steps)
         clock = time.perf_counter()
 
         def callback(steps: int, metrics: dict[str, np.ndarray[Any, Any]]) -> None:
@@ -101,12 +116,9 @@ class _Shared(_records.Options):
             bar(None, means | {"steps_per_second": np.full(steps, rate)})
 
         state, curves = rl.train(environment, method, setting, seeds, callback=callback, checkpoint=checkpoint)
-        add(directory, environment.name, method, seeds, settings, curves, time.perf_counter() - start)
+        add(directory, name, environment.name, method, seeds, settings, curves, time.perf_counter() - start)
         checkpoint.unlink(missing_ok=True)
-        if gif:
-            best = int(np.argmax(curves.values["evaluation_return"][:, -1]))
-            theta = jax.tree.map(lambda x: x[best], state.learner.inner_params)
-            animate(self.task, setting, theta, seeds[best], directory / f"{self.task}.gif")
+        return Trained(seeds, state, curves)
 
     def report(self, directory: Path) -> "RenderableType":
         """The figure and the table of everything in the directory."""
@@ -144,7 +156,12 @@ class RunCartPole(_Shared):
     def run(self, directory: Path, track: _records.Track) -> "RenderableType":
         """Writes runs.jsonl, its curves, the figure and the animation into `directory`; returns a table."""
         method = _known("--method", self.method)
-        self.complete(directory, track, method, self.setting(method, self.model_width), gif=True)
+        setting, seeds = self.setting(method, self.model_width), range(self.seed, self.seed + self.seeds)
+        trained = self.complete(directory, "runs", track, method, method, setting, seeds)
+        if trained is not None:
+            best = int(np.argmax(trained.curves.values["evaluation_return"][:, -1]))
+            theta = jax.tree.map(lambda x: x[best], trained.state.learner.inner_params)
+            animate(self.task, setting, theta, trained.seeds[best], directory / f"{self.task}.gif")
         return self.report(directory)
 
 
@@ -164,6 +181,10 @@ class CompareCartPole(_Shared):
     """Methods to run; figure and table show all that the output directory holds."""
     model_widths: tuple[int, ...] = (3, 32)
     """Of the hidden layers of the world model."""
+    select: bool = False
+    """Choose each method's rates among six trials, by the mean return of three other seeds; selection.jsonl."""
+    selection_steps: int = 50_000
+    """Steps of the environment of a trial."""
 
     def check(self) -> None:
         """Raises a ValueError that names an option out of range."""
@@ -172,6 +193,12 @@ class CompareCartPole(_Shared):
             _known("--methods", method)
         if not self.model_widths or min(self.model_widths) < 1:
             raise ValueError(f"--model-widths must be at least 1, got {self.model_widths}.")
+        after = self.selection_steps - rl.Setting().random_steps
+        if self.select and (after < 1 or after % self.evaluation_interval):
+            raise ValueError(
+                f"--selection-steps less the {rl.Setting().random_steps} random ones must be a multiple of "
+                f"--evaluation-interval={self.evaluation_interval}, got {self.selection_steps}."
+            )
 
     def settings(self) -> dict[str, Any]:
         """None: each record has its own settings, and the directory may hold several lengths and widths."""
@@ -179,19 +206,50 @@ class CompareCartPole(_Shared):
 
     def run(self, directory: Path, track: _records.Track) -> "RenderableType":
         """Adds what is missing to runs.jsonl and its curves, draws the figure, returns the table (also table.md)."""
+        seeds = range(self.seed, self.seed + self.seeds)
         for model_width in self.model_widths:
             for method in (_known("--methods", method) for method in self.methods):
-                self.complete(directory, track, method, self.setting(method, model_width), gif=False)
+                setting = self.setting(method, model_width)
+                if self.select:
+                    setting = setting._replace(**self._select(directory, track, method, setting))
+                self.complete(directory, "runs", track, f"{method} {model_width}", method, setting, seeds)
         return self.report(directory)
+
+    def _select(self, directory: Path, track: _records.Track, method: str, setting: rl.Setting) -> dict[str, Any]:
+        """Of the method's trials the one with the largest mean return over training and over the selection's seeds."""
+        trials = rl.trials(method)
+        settings = [setting._replace(steps=self.selection_steps, **trial) for trial in trials]
+        for i, candidate in enumerate(settings, start=1):
+            label = f"{method} {setting.model_width}, {i}"
+            self.complete(directory, "selection", track, label, method, candidate, SELECTION_SEEDS)
+        records = list(read(directory, "selection"))
+
+        def score(candidate: rl.Setting) -> float:
+            own = settings_of(method, candidate)
+            of_trial = [r for r in records if r["method"] == method and r["settings"] == own]
+            return float(np.mean([record["metrics"]["return_auc"] for record in of_trial]))
+
+        return trials[int(np.argmax([score(candidate) for candidate in settings]))]
+
+
+SELECTION_SEEDS = (1000, 1001, 1002)
 
 
 # Records.
 
 
+class Trained(NamedTuple):
+    """Seeds trained together, their state and curves."""
+
+    seeds: Sequence[int]
+    state: rl.State
+    curves: rl.Curves
+
+
 def settings_of(method: str, setting: rl.Setting) -> dict[str, Any]:
-    """What a record says of a run: all but other methods' own settings."""
+    """What a record says of a run: all but other methods' own settings, and a bound that is not there."""
     others = {"adjoint_learning_rate", "cg_steps", "damping"} - rl.METHODS[method].chosen.keys()
-    return {name: value for name, value in setting._asdict().items() if name not in others}
+    return {name: value for name, value in setting._asdict().items() if name not in others and value is not None}
 
 
 def _final(returns: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -201,6 +259,7 @@ def _final(returns: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 def add(
     directory: Path,
+    name: str,
     task: str,
     method: str,
     seeds: Sequence[int],
@@ -208,7 +267,7 @@ def add(
     curves: rl.Curves,
     seconds: float,
 ) -> None:
-    """One record per seed to runs.jsonl, one line of curves to runs-curves.jsonl; `seconds` is that of all together."""
+    """One record per seed to `name`.jsonl, and one line of its curves; `seconds` is that of all together."""
     returns = curves.values["evaluation_return"]
     flags = [name for name, values in curves.values.items() if values.dtype == bool]
     for i, seed in enumerate(seeds):
@@ -216,20 +275,20 @@ def add(
         metrics |= {name: np.all(curves.values[name][i]) for name in flags}
         metrics |= {"return_auc": np.mean(returns[i]), "final_return": _final(returns[i])}
         metrics |= {"seeds_together": len(seeds)}
-        with (directory / "runs-curves.jsonl").open("a", encoding="utf-8") as file:
-            values = {name: [_short(x) for x in curves.values[name][i]] for name in CURVES}
+        with (directory / f"{name}-curves.jsonl").open("a", encoding="utf-8") as file:
+            values = {curve: [_short(x) for x in curves.values[curve][i]] for curve in CURVES}
             line = {"method": method, "seed": seed, "settings": settings, "step": curves.step.tolist()} | values
             file.write(json.dumps(line) + "\n")
-        _records.append(directory / "runs.jsonl", _records.record(task, method, seed, settings, metrics, seconds))
+        _records.append(directory / f"{name}.jsonl", _records.record(task, method, seed, settings, metrics, seconds))
 
 
 def _short(x: Any) -> float | None:
     return float(f"{x:.4g}") if np.isfinite(x) else None
 
 
-def read(directory: Path) -> Iterator[dict[str, Any]]:
-    """The records of a directory, each with its curves."""
-    names = [directory / name for name in ("runs.jsonl", "runs-curves.jsonl")]
+def read(directory: Path, name: str = "runs") -> Iterator[dict[str, Any]]:
+    """The records of a directory's runs, or of its selection, each with its curves."""
+    names = [directory / f"{name}.jsonl", directory / f"{name}-curves.jsonl"]
     if names[0].exists():
         lines = names[1].read_text(encoding="utf-8").splitlines()
         curves = {_records.identity(curve): curve for curve in map(json.loads, lines)}
@@ -359,8 +418,7 @@ def draw(rows: list[Row], path: Path, task: str) -> None:
     from matplotlib.figure import Figure  # noqa: PLC0415
 
     panels = sorted({_panel(row) for row in rows})
-    context: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10}
-    with rc_context(context):
+    with rc_context(STYLE):
         figure = Figure(figsize=(max(5.2, 4.2 * len(panels)), 7.4), layout="constrained")
         grid: Any = figure.subplots(3, len(panels), squeeze=False, sharex="col", height_ratios=(2, 1, 1))
         for column, panel in enumerate(panels):
