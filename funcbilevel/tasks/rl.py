@@ -209,9 +209,8 @@ class Bellman(NamedTuple):
     def target(self, reward: jax.Array, next_observation: jax.Array, batch: Batch) -> jax.Array:
         """y = r + gamma (1 - done) V(s') with the target networks, [n]."""
         V = soft_value(self.q_values(batch.target_params, next_observation), self.alpha)
-        if self.value_bound is not None:
-            V = jnp.clip(V, -self.value_bound, self.value_bound)
-        return reward + self.discount * (1.0 - batch.transition.terminal) * V
+        bounded = V if self.value_bound is None else jnp.clip(V, -self.value_bound, self.value_bound)
+        return reward + self.discount * (1.0 - batch.transition.terminal) * bounded
 
     def true_target(self, batch: Batch) -> jax.Array:
         """The target at the true transitions, [n]."""
