@@ -37,7 +37,8 @@ class Cell(NamedTuple):
     """A size of the problem.
 
     Attributes:
-        model: "mlp", "cnn" or "transformer".
+        model: of cost_models.py. "mlp-remat" computes its hidden layers anew in derivatives, "mlp-bf16" computes in
+            bfloat16 and keeps float32 around it.
         depth, width: of the network.
         batch: samples per level.
         steps: M = K = T.
@@ -54,7 +55,13 @@ class Cell(NamedTuple):
     outer: int = INPUTS
 
 
-BASE = {"mlp": Cell(), "cnn": Cell("cnn", batch=64), "transformer": Cell("transformer", batch=64)}
+BASE = {
+    "mlp": Cell(),
+    "cnn": Cell("cnn", batch=64),
+    "transformer": Cell("transformer", batch=64),
+    "mlp-remat": Cell("mlp-remat", depth=8),
+    "mlp-bf16": Cell("mlp-bf16", depth=8),
+}
 
 # One sweep varies one factor around the base; "targets" adds the last corner of depth {4, 8} x width {256, 1024}.
 SWEEPS: dict[str, Sequence[Mapping[str, int]]] = {
@@ -65,8 +72,15 @@ SWEEPS: dict[str, Sequence[Mapping[str, int]]] = {
     "outputs": [{"outputs": n} for n in (1, 10, 100)],
     "outer": [{"outer": n} for n in (INPUTS, 1_000, 100_000)],
     "targets": [{"depth": 8, "width": 1024}],
+    "option": [{"depth": 8}],
 }
-DEFAULT_SWEEPS = {"mlp": tuple(SWEEPS), "cnn": ("steps", "depth"), "transformer": ("steps", "depth")}
+DEFAULT_SWEEPS = {
+    "mlp": tuple(SWEEPS),
+    "cnn": ("steps", "depth"),
+    "transformer": ("steps", "depth"),
+    "mlp-remat": ("option",),
+    "mlp-bf16": ("option",),
+}
 WHATS = ("gradient", "step")
 
 
@@ -211,6 +225,15 @@ def measure(
     return fb.measure_costs({m: (function, arguments()) for m, (function, arguments) in calls.items()}, repeats)
 
 
+def rounding_error(cell: Cell, method: str) -> float:
+    """|g - g_32| / |g_32| of the hypergradients g of the cell's model and g_32 of the same in float32."""
+    gradients = []
+    for kind in (cell.model, "mlp"):
+        function, arguments = call(cell._replace(model=kind), "gradient", method)
+        gradients.append(jax.jit(function)(*arguments()).gradient)
+    return float(jnp.linalg.norm(gradients[0] - gradients[1]) / jnp.linalg.norm(gradients[1]))
+
+
 def memory(cell: Cell, what: str, method: str) -> dict[str, float]:
     """Bytes of one compiled function, without running it or making its arguments."""
     function, arguments = call(cell, what, method)
@@ -266,6 +289,8 @@ def records(
     for row in (r for r in table.rows if r.name in turns):
         metrics = {k: v for k, v in row._asdict().items() if k != "name" and v is not None}
         metrics["floor_seconds"] = floor_seconds
+        if cell.model == "mlp-bf16" and what == "gradient" and row.name != "floor":
+            metrics["error"] = rounding_error(cell, row.name)
         yield _records.record("cost", row.name, 0, settings, metrics, row.compile_seconds + row.seconds)
 
 

@@ -45,8 +45,13 @@ class Network(NamedTuple):
     inputs: Callable[[jax.Array, int], jax.Array]
 
 
-def perceptron(depth: int, width: int, outputs: int = 1) -> tuple[fb.Model, Callable[[Any, jax.Array], jax.Array]]:
-    """A ReLU network with `depth` hidden layers of `width` units, and its last hidden layer as features."""
+def perceptron(
+    depth: int, width: int, outputs: int = 1, remat: bool = False
+) -> tuple[fb.Model, Callable[[Any, jax.Array], jax.Array]]:
+    """A ReLU network with `depth` hidden layers of `width` units, and its last hidden layer as features.
+
+    With `remat` derivatives compute every hidden layer anew from its input.
+    """
 
     def init(key: jax.Array, x: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
         sizes = [x.shape[-1], *([width] * depth), outputs]
@@ -55,9 +60,15 @@ def perceptron(depth: int, width: int, outputs: int = 1) -> tuple[fb.Model, Call
             (jax.random.normal(k, (m, n)) * jnp.sqrt(2 / m), jnp.zeros(n)) for k, m, n in zip(keys, sizes, sizes[1:])
         ]
 
+    def layer(kernel: jax.Array, bias: jax.Array, x: jax.Array) -> jax.Array:
+        return jax.nn.relu(x @ kernel + bias[None])
+
+    if remat:
+        layer = jax.checkpoint(layer)
+
     def features(params: Any, x: jax.Array) -> jax.Array:
         for kernel, bias in params[:-1]:
-            x = jax.nn.relu(x @ kernel + bias[None])
+            x = layer(kernel, bias, x)
         return x
 
     def apply(params: Any, x: jax.Array) -> jax.Array:
@@ -123,15 +134,17 @@ class Encoder(linen.Module):
 
 
 def network(kind: str, depth: int, width: int, outputs: int) -> Network:
-    """The prediction model `kind`: "mlp", "cnn" or "transformer"."""
-    if kind == "mlp":
-        return Network(*perceptron(depth, width, outputs), lambda key, n: jax.random.normal(key, (n, INPUTS)))
+    """The prediction model `kind`: "mlp" (or with "-remat" or "-bf16"), "cnn" or "transformer"."""
+    if kind.startswith("mlp"):
+        model, features = perceptron(depth, width, outputs, remat=kind == "mlp-remat")
+        model = fb.mixed_precision(model) if kind == "mlp-bf16" else model
+        return Network(model, features, lambda key, n: jax.random.normal(key, (n, INPUTS)))
     if kind == "cnn":
         module, shape = ConvolutionalNetwork(depth, width, outputs), IMAGE
     elif kind == "transformer":
         module, shape = Encoder(depth, width, outputs), (TOKENS, TOKEN_SIZE)
     else:
-        raise ValueError(f'network: kind must be "mlp", "cnn" or "transformer", got {kind!r}.')
+        raise ValueError(f'network: kind must be "mlp", "mlp-remat", "mlp-bf16", "cnn" or "transformer", got {kind!r}.')
     return Network(
         fb.from_linen(module),
         fb.from_linen(module, method="features"),

@@ -39,6 +39,7 @@ from funcbilevel._model import from_linen as from_linen
 from funcbilevel._model import from_nnx as from_nnx
 from funcbilevel._partition import Partition as Partition
 from funcbilevel._partition import partition as partition
+from funcbilevel._precision import mixed_precision as mixed_precision
 from funcbilevel._problem import FunctionalProblem as FunctionalProblem
 from funcbilevel._problem import ParametricProblem as ParametricProblem
 from funcbilevel._problem import Predictor as Predictor

@@ -663,6 +663,16 @@ CALLS: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = {
         ValueError,
         ("bilevel: outer_model", "axis_name is 'devices'", "cannot be averaged", "Shard the batches under jit"),
     ),
+    "mixed_precision of a function": (
+        lambda: fb.mixed_precision(features),
+        TypeError,
+        ("mixed_precision: model", "got function", "an fb.Model", "wrap it with fb.from_linen"),
+    ),
+    "mixed_precision to integers": (
+        lambda: fb.mixed_precision(model(), jnp.int8),
+        TypeError,
+        ("mixed_precision: dtype", "must be floating", "got <class .*int8"),
+    ),
     "features not callable": (
         lambda: fb.linear_adjoint(X),
         TypeError,

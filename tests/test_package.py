@@ -30,7 +30,7 @@ SHORT = [name.removeprefix("funcbilevel.") for name in MODULES]
 LAYERS = [
     {"_typing"},
     {"_tree", "_model"},
-    {"_partition"},
+    {"_partition", "_precision"},
     {"_problem", "_fit"},
     {"_estimator"},
     {"_check"},
