@@ -17,6 +17,8 @@ from cost import BASE, METHODS, SWEEPS, WHATS, Cell, title
 from funcbilevel.tasks import _records
 
 Value = Callable[[_records.Record], float | None]
+OPTIONS = ("mlp-remat", "mlp-bf16")
+"""Models that are "mlp" computed in another way."""
 
 
 class Table(NamedTuple):
@@ -99,11 +101,12 @@ def slope(x: np.ndarray, y: np.ndarray) -> float | None:
 
 def sections(records: Sequence[_records.Record]) -> list[Section]:
     measured = [r for r in records if r["settings"]["what"] in WHATS]
-    models = [m for m in BASE if any(r["settings"]["model"] == m for r in measured)]
+    models = [m for m in BASE if m not in OPTIONS and any(r["settings"]["model"] == m for r in measured)]
     parts = [introduction(records)]
     parts += [model_section(measured, model) for model in models]
     parts += [paper_section(measured)]
-    parts += [section for section in (targets_section(measured), seeds_section(records)) if section.parts]
+    last = (targets_section(measured), options_section(measured), seeds_section(records))
+    parts += [section for section in last if section.parts]
     parts += [sweeps_section(measured)]
     return parts
 
@@ -304,6 +307,29 @@ def targets_section(records: Sequence[_records.Record]) -> Section:
     return Section("Targets", [Table(["figure", "measured", "target", ""], rows)] if rows else [])
 
 
+def options_section(records: Sequence[_records.Record]) -> Section:
+    """The same perceptron with rematerialised layers, and in bfloat16."""
+    cell = BASE[OPTIONS[0]]._replace(model="mlp")
+    found = {(r["method"], r["settings"]["what"], cell_of(r)): r for r in records}
+    rows: list[list[str]] = []
+    for method in METHODS:
+        results = [found.get((method, "gradient", cell._replace(model=m))) for m in ("mlp", *OPTIONS)]
+        if any(results[1:]):
+            error = results[2]["metrics"].get("error") if results[2] else None
+            times = [number(r and seconds(r), 1e3, ".1f") for r in results]
+            sizes = [number(r and temp_bytes(r), 2**-20, ".1f") for r in results]
+            rows.append([method, *times, *sizes, number(error, 1, ".1e")])
+    if not rows:
+        return Section("Options", [])
+    header = ["method", *(f"{unit}, {name}" for unit in ("ms", "MiB") for name in ("plain", "remat", "bf16"))]
+    text = (
+        "One `gradient`. `remat`: every hidden layer in `jax.checkpoint`, as `flax.linen.remat` does it. `bf16`: "
+        "`fb.mixed_precision`, with the relative error of its hypergradient to that in float32 at the same parameters "
+        "(CPUs compute bfloat16 by way of float32: the time is not a GPU's or a TPU's)."
+    )
+    return Section(f"Options: {title(cell)}", [text, Table([*header, "error, bf16"], rows)])
+
+
 def seeds_section(records: Sequence[_records.Record]) -> Section:
     found = [r for r in records if r["settings"]["what"] == "seeds"]
     if not found:
@@ -330,7 +356,7 @@ def seeds_section(records: Sequence[_records.Record]) -> Section:
 def sweeps_section(records: Sequence[_records.Record]) -> Section:
     parts: list[str | Table] = []
     for model, base in BASE.items():
-        for factor in (f for f in SWEEPS if f != "targets"):
+        for factor in (f for f in SWEEPS if f in Cell._fields):
             for what in WHATS:
                 parts += sweep_tables(records, base, factor, what, model)
     return Section("All sweeps", parts)

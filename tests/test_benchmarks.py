@@ -162,6 +162,22 @@ def test_claims_follow_the_figures():
     assert cost_report.claims(records[:1], cost.Cell()) == []
 
 
+def test_options_are_set_beside_the_plain_network():
+    plain = cost.BASE["mlp-bf16"]._replace(model="mlp")
+    records = [synthetic("itd", "gradient", plain._replace(model=m), 0.25, 2.0**20) for m in ("mlp", "mlp-bf16")]
+    records[1]["metrics"]["error"] = 0.0123
+    _, table = cost_report.options_section(records).parts
+    assert table.rows == [["itd", "250.0", "", "250.0", "1.0", "", "1.0", "1.2e-02"]]
+    assert len(table.header) == len(table.rows[0])
+    assert cost_report.options_section(records[:1]).parts == []
+
+
+@pytest.mark.parametrize("kind", ["mlp-remat", "mlp-bf16"])
+def test_options_leave_the_hypergradient_as_it_is(kind):
+    error = cost.rounding_error(TINY._replace(model=kind), "funcid-linear")
+    assert error < 1e-5 if kind == "mlp-remat" else 1e-6 < error < 0.05
+
+
 def test_report_is_one_page_with_the_figures_in_it(tmp_path):
     path = tmp_path / "sweeps.jsonl"
     for record in synthetic_sweeps():
