@@ -11,6 +11,7 @@ from funcbilevel.tasks import (
     fairness_commands,
     gates_commands,
     iv_commands,
+    pathways_commands,
     rl_commands,
     schooling,
     schooling_iv,
@@ -27,6 +28,7 @@ COMMANDS: dict[str, tuple[str, dict[str, type[_records.Options]]]] = {
             "pendulum": rl_commands.RunPendulum,
             "fairness": fairness_commands.RunFairness,
             "gates": gates_commands.RunGates,
+            "pathways": pathways_commands.RunPathways,
         },
     ),
     "compare": (

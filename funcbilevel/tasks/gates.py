@@ -523,5 +523,5 @@ def needed(validation: Array, counts: Array, full: Array, tolerance: float) -> A
         The number of the cell, [...]; -1 if none is as good, so that all features are needed.
     """
     enough = validation >= full[..., None] - tolerance - 1e-6  # float32 means of the same rows differ by rounding
-    best = np.lexsort((-validation, np.where(enough, counts, np.inf)), axis=-1)[..., 0]
+    best = np.lexsort((-validation, np.where(enough, np.round(counts, 6), np.inf)), axis=-1)[..., 0]
     return np.where(enough.any(axis=-1), best, -1)

@@ -269,7 +269,7 @@ HEADER = ("tolerance", "method", "features", "95% CI", "test accuracy", "points 
 
 def _cells(row: Row) -> tuple[str, ...]:
     return (
-        f"{100 * row.tolerance:g} points",
+        f"{100 * row.tolerance:g} point",
         row.method,
         f"{row.features[0]:.1f}",
         "{:.1f} to {:.1f}".format(*row.features[1:]),
@@ -289,7 +289,7 @@ def _report(rows: Sequence[Row], table: Table) -> "RenderableType":
     grids: list[Any] = []
     for tolerance in gates.TOLERANCES:
         grid = Grid(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), title_justify="left")
-        grid.title = f"Features needed to lose at most {100 * tolerance:g} points of validation accuracy"
+        grid.title = f"Features needed to lose at most {100 * tolerance:g} point of validation accuracy"
         for name in names.values():
             grid.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
         for row in rows:
@@ -312,12 +312,12 @@ def draw(selections: Sequence[Selection], rows: Sequence[Row], table: Table, pat
     from matplotlib.figure import Figure  # noqa: PLC0415
 
     with rc_context(STYLE):
-        figure = Figure(figsize=(11, 4.8), layout="constrained")
+        figure = Figure(figsize=(11, 5.2), layout="constrained")
         plane, which = figure.subplots(1, 2, width_ratios=(1.5, 1))
         full, grey = 100 * float(selections[0].test.mean()), COLOURS[ALL]
         plane.axhline(full, color=grey, lw=1, label="all features")
         for tolerance, dashes in zip(gates.TOLERANCES, ("--", ":"), strict=True):
-            plane.axhline(full - 100 * tolerance, color=grey, lw=1, ls=dashes, label=f"{100 * tolerance:g} points less")
+            plane.axhline(full - 100 * tolerance, color=grey, lw=1, ls=dashes, label=f"{100 * tolerance:g} point less")
         lows: list[float] = []
         for of in selections[1:]:
             colour, counts = COLOURS[of.method], of.counts.mean(axis=0)
@@ -333,25 +333,22 @@ def draw(selections: Sequence[Selection], rows: Sequence[Row], table: Table, pat
                     plane.plot(row.features[0], 100 * row.accuracy[0], "*" if star else "D", color=colour, **style)
             if of.method != RANDOM:
                 lows.append(float(accuracy[order].min()))
-        plane.set_ylim(bottom=min(lows) - 0.5)
+        plane.set_ylim(bottom=max(min(lows), full - 2.5) - 0.3)  # sets that lose more are left out
         plane.set(
             xlabel="Number of features selected (mean over seeds)",
             ylabel="Test accuracy after refitting, %",
-            title=f"{table.name}: accuracy by number of features, {len(selections[0].test)} seeds",
+            title=f"{table.name}: what {len(selections[0].test)} seeds lose by using fewer features",
         )
-        legend: Any = {
-            "title": "chosen on validation:\nstar 0.5, diamond 1 point",
-            "title_fontsize": 7.5,
-            "fontsize": 7.5,
-        }
-        plane.legend(frameon=False, loc="lower right", **legend)
+        title = "lines, stars (0.5 point) and diamonds (1 point) are chosen on validation"
+        handles, labels = plane.get_legend_handles_labels()
+        figure.legend(handles, labels, title=title, loc="outside lower center", ncols=8, frameon=False, fontsize=8)
         _draw_features(which, selections, rows, table)
         figure.savefig(path, dpi=150)
 
 
 def _draw_features(axes: Any, selections: Sequence[Selection], rows: Sequence[Row], table: Table) -> None:
-    """How often each feature was selected at the settings chosen for the larger tolerance, by method."""
-    at = {row.method: row.cells for row in rows if row.tolerance == gates.TOLERANCES[-1]}
+    """How often each feature was selected at the settings chosen for the first tolerance, by method."""
+    at = {row.method: row.cells for row in rows if row.tolerance == gates.TOLERANCES[0]}
     shown = [of for of in selections if of.method in SELECTORS]
     share = np.stack([at_cells(of.features, at[of.method], 1.0).mean(axis=0) for of in shown])  # [methods, features]
     order = np.argsort(share[0], kind="stable")
@@ -360,4 +357,4 @@ def _draw_features(axes: Any, selections: Sequence[Selection], rows: Sequence[Ro
     axes.set_yticks(range(len(order)), [table.features[i] for i in order], fontsize=6 if len(order) > 20 else 8)
     axes.set_xticks(range(len(shown)), [of.method.replace("-", "\n") for of in shown], fontsize=8)
     axes.set_xlim(-0.6, len(shown) - 0.4)
-    axes.set_title("Selected at the diamonds (area: how often)")
+    axes.set_title("Features selected at the stars (area: how often)")
