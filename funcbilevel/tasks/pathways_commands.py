@@ -214,12 +214,12 @@ def _report(rows: Sequence[Row]) -> "RenderableType":
     from rich.table import Table  # noqa: PLC0415
 
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    for name in ("method", "eta", "acc.", "corr.", "known", "true", "AUROC", "less lagrangian's"):
+    for name in ("method", "acc.", "corr.", "known", "true", "AUROC", "less lagrangian's"):
         table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
     for row in rows:
         means = (row.accuracy, row.corrected, row.known, row.true, row.auroc)
         less = "" if row.difference is None else "{:+.3f} [{:+.3f}, {:+.3f}]".format(*row.difference)
-        table.add_row(row.method, f"{row.eta:g}", *(f"{mean:.3f}" for mean, _, _ in means), less)
+        table.add_row(row.method, *(f"{mean:.3f}" for mean, _, _ in means), less)
     note = (
         "Means over the seeds on the test part, in the setting with the best validation accuracy plus share inside "
         "the known pathways. corr.: accuracy where the batch does not go with the label; known, true: share of the "
@@ -241,7 +241,7 @@ def draw(outcomes: Sequence[Outcome], rows: Sequence[Row], design: Design, path:
         "auroc": "AUROC of the driving pathways' genes",
     }
     with rc_context(STYLE):
-        figure = Figure(figsize=(11.5, 4.2), layout="constrained")
+        figure = Figure(figsize=(11.5, 4.5), layout="constrained")
         grid: Any = figure.subplots(1, 3)
         for axes, (name, title) in zip(grid, panels.items(), strict=True):
             for of, row in zip(outcomes, rows, strict=True):
@@ -259,6 +259,7 @@ def draw(outcomes: Sequence[Outcome], rows: Sequence[Row], design: Design, path:
         seeds = len(outcomes[0].metrics["accuracy"])
         kind = f"sharing {design.overlap} genes" if design.overlap else "disjoint"
         figure.suptitle(
+            "What it costs, and brings, to keep attributions inside known pathways\n"
             f"{design.num_pathways} pathways of {design.size} genes, {kind}, {design.num_driving} of them driving; "
             f"{design.num_background} other genes; means over {seeds} seeds; line and star: chosen on validation",
             fontsize=9,
