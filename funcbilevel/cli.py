@@ -5,7 +5,17 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, Union
 
-from funcbilevel.tasks import _records, demand, fairness_commands, iv_commands, rl_commands, schooling, schooling_iv
+from funcbilevel.tasks import (
+    _records,
+    demand,
+    fairness_commands,
+    gates_commands,
+    iv_commands,
+    pathways_commands,
+    rl_commands,
+    schooling,
+    schooling_iv,
+)
 
 # command -> its help and its tasks: a new task is one entry, and so is a new command.
 COMMANDS: dict[str, tuple[str, dict[str, type[_records.Options]]]] = {
@@ -17,6 +27,8 @@ COMMANDS: dict[str, tuple[str, dict[str, type[_records.Options]]]] = {
             "cartpole": rl_commands.RunCartPole,
             "pendulum": rl_commands.RunPendulum,
             "fairness": fairness_commands.RunFairness,
+            "gates": gates_commands.RunGates,
+            "pathways": pathways_commands.RunPathways,
         },
     ),
     "compare": (
