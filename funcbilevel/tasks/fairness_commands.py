@@ -377,6 +377,7 @@ _REPRODUCED = (
 _HEAD = Setting((64, 64), (1,), 3, batch_size=500, leader_decay=0.5, follower_decay=0.5, decay_epochs=10)
 _BILEVEL = {"inner_steps": 5, "damping": 0.1, "solver_steps": 10}
 _TRIAL = ({"leader_rate": 2e-3, "follower_rate": 2e-3, "follower_accuracy": 1.0},)
+_TRIALS = tuple({**_TRIAL[0], "leader_fairness": beta} for beta in (0.0, 0.5))
 _COMPARED = (
     Variant("single-objective", {}, ({"leader_rate": 2e-3},)),
     Variant("lagrangian", {}, ({"leader_rate": 2e-3},)),
@@ -410,13 +411,13 @@ PROTOCOLS: dict[str, Protocol] = {
     "followers": Protocol(
         _TWO,
         (
-            Variant("single-objective", {}, ({"leader_rate": 2e-3},)),
-            Variant("lagrangian", {}, ({"leader_rate": 2e-3},)),
-            Variant("alternating", {"inner_steps": 2}, _TRIAL),
-            Variant("alternating", {"inner_steps": 2, "followers": "together"}, _TRIAL),
-            Variant("alternating", {"inner_steps": 2, "followers": "round-robin"}, _TRIAL),
+            Variant("single-objective", {}, ({"leader_rate": 2e-3}, {"leader_rate": 5e-3})),
+            Variant("lagrangian", {}, ({"leader_rate": 2e-3}, {"leader_rate": 5e-3})),
+            Variant("alternating", {"inner_steps": 2}, _TRIALS),
+            Variant("alternating", {"inner_steps": 2, "followers": "together"}, _TRIALS),
+            Variant("alternating", {"inner_steps": 2, "followers": "round-robin"}, _TRIALS),
         ),
-        tuple(fairness.etas(1.0, 100.0, 4)),
+        tuple(fairness.etas(0.3, 30.0, 4)),
         12,
         front=True,
     ),
@@ -498,8 +499,11 @@ class CompareFairness(_Shared):
             _measure(directory / "costs.jsonl", self.load(), setting)
         runs, gaps = list(_records.read_existing(path)), gaps_of(setting)
         rows = summarise(runs, protocol.front, gaps)
+        title = f"{self.dataset}, {epochs} epochs"
+        if setting.losses:
+            title += ", " + " and ".join(_loss(loss, self.attributes) for loss in setting.losses)
         (directory / "table.md").write_text(markdown(rows), encoding="utf-8")
-        draw_comparison(runs, rows, directory / "fairness.png", f"{self.dataset}, {epochs} epochs", gaps)
+        draw_comparison(runs, rows, directory / "fairness.png", title, gaps)
         return _comparison_table(rows, list(_records.read_existing(directory / "costs.jsonl")))
 
     def _one(
@@ -615,9 +619,11 @@ def _gap(values: Mapping[str, float], gaps: Sequence[str], prefix: str = "") -> 
     return max(values[f"{prefix}{gap}"] for gap in gaps)
 
 
-def reference(runs: Sequence[_records.Record], gaps: Sequence[str] = fairness.PARITY) -> tuple[float, float]:
+def reference(
+    runs: Sequence[_records.Record], gaps: Sequence[str] = fairness.PARITY, prefix: str = ""
+) -> tuple[float, float]:
     """The point that bounds the front from below: the majority's label, and accuracy only's gap (else a gap of 1)."""
-    alone = [1 - _gap(_values(record), gaps) for record in runs if record["method"] == "single-objective"]
+    alone = [1 - _gap(_values(record), gaps, prefix) for record in runs if record["method"] == "single-objective"]
     majority = float(np.mean([_values(record)["majority"] for record in runs]))
     return majority, float(np.mean(alone)) if alone else 0.0
 
@@ -630,12 +636,15 @@ def summarise(runs: Sequence[_records.Record], front: bool, gaps: Sequence[str] 
     """One row per method, with its front, or one per setting."""
     labels = [name for name in COLOURS if any(label(record) == name for record in runs)]
     point = reference(runs, gaps)
+    # Of several losses the majority's label, fair by all of them, would have the largest sum.
+    several = any(record["settings"].get("losses") for record in runs)
+    validation = reference(runs, gaps, "validation_") if several else None
     of = {name: [record for record in runs if label(record) == name] for name in labels}
     volumes = {name: (_volumes(of[name], (0.0, 0.0), gaps), _volumes(of[name], point, gaps)) for name in labels}
     rows: list[Row] = []
     for name in labels:
         trials = dict.fromkeys(_trial(record) for record in of[name])
-        shown = [max(trials, key=lambda trial: _score(of[name], trial, gaps))] if front else list(trials)
+        shown = [max(trials, key=lambda trial: _score(of[name], trial, gaps, validation))] if front else list(trials)
         plain, above = volumes[name]
         for trial in shown:
             records = [record for record in of[name] if _trial(record) == trial]
@@ -668,11 +677,13 @@ def _volumes(runs: Sequence[_records.Record], point: tuple[float, float], gaps: 
     return {seed: fairness.selected_hypervolume(cells, point, gaps) for seed, cells in sorted(by_seed.items())}
 
 
-def _score(runs: Sequence[_records.Record], trial: str, gaps: Sequence[str]) -> float:
-    """Validation accuracy less validation gap, the mean over the seeds."""
+def _score(
+    runs: Sequence[_records.Record], trial: str, gaps: Sequence[str], point: tuple[float, float] | None
+) -> float:
+    """Validation accuracy less validation gap, the mean over the seeds; above a reference point, their area."""
     values = [_values(record) for record in runs if _trial(record) == trial]
-    score = np.mean([value["validation_accuracy"] - _gap(value, gaps, "validation_") for value in values])
-    return float(np.nan_to_num(score, nan=-np.inf))
+    means = np.mean(fairness.points(values, "validation_", gaps), axis=0)
+    return float(np.sum(means)) if point is None else fairness.hypervolume(means[None], point)
 
 
 def _difference(volumes: Mapping[str, tuple[dict[int, float], ...]], name: str, which: int) -> Interval | None:
@@ -759,8 +770,9 @@ def _comparison_table(rows: Sequence[Row], costs: Sequence[_records.Record]) -> 
     note += "" if front else "soft gap: of probabilities, and its largest value over the seeds. table.md has more."
     if front:
         note += (
-            "the setting shown is the one with the largest validation accuracy less gap; the hypervolume of (accuracy, "
-            "1 - gap), volume, is that of the settings on the validation part's front; its difference to the "
+            "the setting shown is the one with the largest validation accuracy less gap, or, of several losses, the "
+            "largest area above the reference point; the hypervolume of (accuracy, 1 - gap), of several losses the "
+            "larger gap, volume, is that of the settings on the validation part's front; its difference to the "
             "Lagrangian's has a 95% bootstrap interval over seeds. table.md has more."
         )
     lines = [
@@ -815,7 +827,8 @@ def draw_comparison(
         plane.set_ylim(bottom=bottom)
         if majority > bottom:
             plane.axhline(majority, color="0.7", lw=0.8, ls=":")
-            plane.annotate("majority's label", (0.0, majority), va="bottom", color="0.5", fontsize=7.5)
+            place: Any = {"xy": (0.2, majority), "xycoords": ("axes fraction", "data")}
+            plane.annotate("majority's label", **place, va="bottom", color="0.5", fontsize=7.5)
         plane.legend(frameon=False, fontsize=7.5, loc="lower right")
         if front:
             _draw_volumes(panels[1], rows)
