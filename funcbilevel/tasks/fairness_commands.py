@@ -504,7 +504,8 @@ class CompareFairness(_Shared):
             title += ", " + " and ".join(_loss(loss, self.attributes) for loss in setting.losses)
         (directory / "table.md").write_text(markdown(rows), encoding="utf-8")
         draw_comparison(runs, rows, directory / "fairness.png", title, gaps)
-        return _comparison_table(rows, list(_records.read_existing(directory / "costs.jsonl")))
+        costs = list(_records.read_existing(directory / "costs.jsonl"))
+        return _comparison_table(rows, costs, several=bool(setting.losses))
 
     def _one(
         self,
@@ -742,37 +743,41 @@ def markdown(rows: Sequence[Row]) -> str:
     return _records.markdown_table(header(rows), map(_cells, rows))
 
 
-def _comparison_table(rows: Sequence[Row], costs: Sequence[_records.Record]) -> "RenderableType":
+def _comparison_table(rows: Sequence[Row], costs: Sequence[_records.Record], several: bool = False) -> "RenderableType":
     from rich import box  # noqa: PLC0415
     from rich.console import Group  # noqa: PLC0415
     from rich.table import Table  # noqa: PLC0415
 
     front = bool(rows and rows[0].hypervolume)
-    names = [
-        "method",
-        "eta",
-        "accuracy",
-        "gap",
-        *(("volume", "less Lagrangian's") if front else ("soft gap", "largest")),
-    ]
+    names = ["method", "eta", "accuracy", "gap"]
+    names += ["odds gap", "area"] if several else ["volume"] if front else ["soft gap", "largest"]
+    names += ["less Lagrangian's"] if front else []
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     for name in names:
         table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
     for row in rows:
         cells = _cells(row)
         shown = (cells[0], *cells[2:5])
-        if front:
+        if several:
+            table.add_row(*shown, cells[6], *cells[-2:])
+        elif front:
             less = "" if row.difference is None else "{:+.3f} [{:+.3f}, {:+.3f}]".format(*row.difference)
             table.add_row(*shown, f"{np.mean(list(row.hypervolume.values())):.3f}", less)
         else:
             table.add_row(*shown, cells[5], cells[7])
     note = "Means over the seeds on the test part. gap: demographic parity of decisions; "
     note += "" if front else "soft gap: of probabilities, and its largest value over the seeds. table.md has more."
-    if front:
+    if several:
         note += (
-            "the setting shown is the one with the largest validation accuracy less gap, or, of several losses, the "
-            "largest area above the reference point; the hypervolume of (accuracy, 1 - gap), of several losses the "
-            "larger gap, volume, is that of the settings on the validation part's front; its difference to the "
+            "area, times 1000: the hypervolume of (accuracy, 1 - the larger of the gaps that the losses are about) of "
+            "the settings on the validation part's front, above the majority's label and accuracy only's gap; its "
+            "difference to the Lagrangian's has a 95% bootstrap interval over seeds. The setting shown has the largest "
+            "such area on the validation part. table.md has more."
+        )
+    elif front:
+        note += (
+            "the setting shown is the one with the largest validation accuracy less gap; the hypervolume of (accuracy, "
+            "1 - gap), volume, is that of the settings on the validation part's front; its difference to the "
             "Lagrangian's has a 95% bootstrap interval over seeds. table.md has more."
         )
     lines = [
