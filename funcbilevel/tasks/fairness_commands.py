@@ -502,7 +502,8 @@ class CompareFairness(_Shared):
         title = f"{self.dataset}, {epochs} epochs"
         if setting.losses:
             title += ", " + " and ".join(_loss(loss, self.attributes) for loss in setting.losses)
-        (directory / "table.md").write_text(markdown(rows), encoding="utf-8")
+        note = SEVERAL if setting.losses else ""
+        (directory / "table.md").write_text(markdown(rows) + note, encoding="utf-8")
         draw_comparison(runs, rows, directory / "fairness.png", title, gaps)
         costs = list(_records.read_existing(directory / "costs.jsonl"))
         return _comparison_table(rows, costs, several=bool(setting.losses))
@@ -743,14 +744,21 @@ def markdown(rows: Sequence[Row]) -> str:
     return _records.markdown_table(header(rows), map(_cells, rows))
 
 
+SEVERAL = """
+Fronts are of accuracy and one less the larger of the gaps that the losses are about. The plain hypervolume also counts
+the majority's label, which is fair by any measure and which some weights of the unfairness lead to; judge by the area
+above the reference point.
+"""
+
+
 def _comparison_table(rows: Sequence[Row], costs: Sequence[_records.Record], several: bool = False) -> "RenderableType":
     from rich import box  # noqa: PLC0415
     from rich.console import Group  # noqa: PLC0415
     from rich.table import Table  # noqa: PLC0415
 
     front = bool(rows and rows[0].hypervolume)
-    names = ["method", "eta", "accuracy", "gap"]
-    names += ["odds gap", "area"] if several else ["volume"] if front else ["soft gap", "largest"]
+    names = ["method", *([] if several else ["eta"]), "accuracy", "gap"]
+    names += ["odds", "area"] if several else ["volume"] if front else ["soft gap", "largest"]
     names += ["less Lagrangian's"] if front else []
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     for name in names:
@@ -759,13 +767,14 @@ def _comparison_table(rows: Sequence[Row], costs: Sequence[_records.Record], sev
         cells = _cells(row)
         shown = (cells[0], *cells[2:5])
         if several:
-            table.add_row(*shown, cells[6], *cells[-2:])
+            table.add_row(cells[0], cells[3], cells[4], cells[6], *cells[-2:])
         elif front:
             less = "" if row.difference is None else "{:+.3f} [{:+.3f}, {:+.3f}]".format(*row.difference)
             table.add_row(*shown, f"{np.mean(list(row.hypervolume.values())):.3f}", less)
         else:
             table.add_row(*shown, cells[5], cells[7])
     note = "Means over the seeds on the test part. gap: demographic parity of decisions; "
+    note += "odds: equalized odds; " if several else ""
     note += "" if front else "soft gap: of probabilities, and its largest value over the seeds. table.md has more."
     if several:
         note += (
