@@ -741,7 +741,6 @@ def test_the_real_adult():
     assert len(dataset.test.y) == 15060
     assert dataset.train.x.shape[1] == 102
     assert dataset.num_groups == (2, 5)
-    assert dataset.num_groups == (2, 5)
     gap = fairness.gap(*fairness.group_rates(dataset.test.y, dataset.test.groups[:, 0], 2, dataset.test.weight))
     assert float(gap) == pytest.approx(0.20, abs=0.01)  # of the labels themselves
 
