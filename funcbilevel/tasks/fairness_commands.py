@@ -15,7 +15,7 @@ import funcbilevel as fb
 from funcbilevel.tasks import _records, fairness, fairness_data
 from funcbilevel.tasks._figures import STYLE
 from funcbilevel.tasks._statistics import bootstrap_interval
-from funcbilevel.tasks.fairness import Hyper, Setting
+from funcbilevel.tasks.fairness import Hyper, Loss, Setting
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -28,6 +28,8 @@ COLOURS = {
     "lagrangian": "C0",
     "alternating": "C1",
     "alternating, simultaneous": "C8",
+    "alternating, together": "C3",
+    "alternating, round-robin": "C4",
     "leaky-alternating": "C5",
     "frozen-follower": "0.6",
     "aid-cg": "C3",
@@ -35,6 +37,14 @@ COLOURS = {
     "itd": "C4",
     "penalty-value": "C2",
 }
+
+
+LATER = {"losses": (), "followers": "one", "attention": None, "num_classes": 2, "label": "income"}
+"""Settings that came later, with their defaults: left out where they have them, so that older runs are still known."""
+
+
+def _known(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name not in LATER or value != LATER[name]}
 
 
 @dataclass(frozen=True)
@@ -46,6 +56,13 @@ class _Shared(_records.Options):
     $FUNCBILEVEL_NBA_DIR, $FUNCBILEVEL_HEALTH_CSV, or else (not health) downloaded."""
     attributes: tuple[str, ...] = ("sex",)
     """Of adult, what to be fair by: sex, race, or both."""
+    label: Literal["income", "education"] = "income"
+    """Of adult, what to predict: income, or education in four classes."""
+    num_classes: int = 2
+    """Of synthetic, how many labels there are."""
+    losses: tuple[str, ...] = ()
+    """Several losses, the unfairness being their sum: names as of --loss, each over all attributes or, as in
+    demographic-parity@race, over one of them."""
 
     def check(self) -> None:
         """Raises a ValueError that names an option out of range."""
@@ -56,10 +73,43 @@ class _Shared(_records.Options):
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}.")
         if self.attributes != ("sex",) and self.dataset != "adult":
             raise ValueError(f"--attributes are those of adult, got {self.attributes} with --dataset {self.dataset}.")
+        if self.label != "income" and self.dataset != "adult":
+            raise ValueError(f"--label is that of adult, got {self.label} with --dataset {self.dataset}.")
+        if self.num_classes != 2 and (self.dataset != "synthetic" or self.num_classes < 2):
+            raise ValueError(
+                f"--num-classes must be at least 2, and is that of synthetic, got {self.num_classes} with --dataset "
+                f"{self.dataset}."
+            )
+        self.parsed_losses()
+
+    def parsed_losses(self) -> tuple[Loss, ...]:
+        """What --losses says."""
+        known = self.attributes if self.dataset == "adult" else ()
+
+        def parse(text: str) -> Loss:
+            name, at, attribute = text.partition("@")
+            if name not in fairness.LOSSES:
+                raise ValueError(f"--losses must be among {', '.join(fairness.LOSSES)}, got {name!r}.")
+            if at and attribute not in known:
+                raise ValueError(
+                    f"--losses: after @ stands one of the --attributes of adult, here {', '.join(known) or '(none)'}; "
+                    f"got {text!r}."
+                )
+            return Loss(name, known.index(attribute) if at else None)
+
+        return tuple(map(parse, self.losses))
+
+    def adapted(self, setting: Setting) -> Setting:
+        """The setting with the losses of --losses, and with one output for each class if there are more than two."""
+        classes = fairness_data.ADULT_CLASSES[self.label] if self.dataset == "adult" else self.num_classes
+        setting = setting._replace(num_classes=classes, losses=self.parsed_losses() or setting.losses)
+        last = "fairness_widths" if setting.position == len(setting.accuracy_widths) + 1 else "accuracy_widths"
+        widths: tuple[int, ...] = getattr(setting, last)
+        return setting if classes == 2 or widths[-1:] != (1,) else setting._replace(**{last: (*widths[:-1], classes)})
 
     def settings(self) -> dict[str, Any]:
         """The options that decide the numbers; not where the data are."""
-        return {name: value for name, value in super().settings().items() if name != "data"}
+        return {name: value for name, value in _known(super().settings()).items() if name != "data"}
 
     def status(self, metrics: Mapping[str, Any]) -> str:
         """Accuracy and gap on the test part."""
@@ -69,14 +119,14 @@ class _Shared(_records.Options):
         """The data that the options ask for; of the NBA graph, which is small, each seed divides the nodes anew."""
         try:
             if self.dataset == "adult":
-                return fairness_data.adult(self.data, self.attributes)
+                return fairness_data.adult(self.data, self.attributes, label=self.label)
             if self.dataset == "health":
                 return fairness_data.health(self.data)
             if self.dataset == "nba":
                 return fairness_data.nba(self.data, seed=seed)
         except FileNotFoundError as error:
             raise ValueError(f"--data: {error}") from error
-        return fairness_data.synthetic()
+        return fairness_data.synthetic(num_classes=self.num_classes)
 
 
 # One run.
@@ -94,7 +144,10 @@ class RunFairness(_Shared):
     """Weight of the unfairness."""
     loss: str = "demographic-parity"
     """The follower's: demographic-parity, absolute-parity, published-parity, equalized-odds, equal-opportunity,
-    worst-group."""
+    worst-group. Several: --losses."""
+    followers: Literal["one", "together", "round-robin"] = "one"
+    """One for the sum of the losses, or, in alternating, one for each of --losses, with a layer of --fairness-widths
+    each: stepping together from the same point, or one after the other."""
     num_epochs: int = 30
     """Passes over the training part."""
     batch_size: int = 200
@@ -115,6 +168,8 @@ class RunFairness(_Shared):
     """The follower's layers; by default the output layer."""
     position: int = 3
     """Where the fairness layers stand: 1 is before all accuracy layers."""
+    attention: str | None = None
+    """A layer, accuracy_0 or fairness_0 for example, to be self-attention over the columns."""
     update: Literal["sequential", "simultaneous"] = "sequential"
     """In alternating: the follower first, or both players at once after one forward pass."""
     chunk: int = 2
@@ -127,11 +182,10 @@ class RunFairness(_Shared):
             raise ValueError(f"--method must be one of {', '.join(fairness.METHODS)}, got {self.method!r}.")
         if self.loss not in fairness.LOSSES:
             raise ValueError(f"--loss must be one of {', '.join(fairness.LOSSES)}, got {self.loss!r}.")
-        fairness.layers(self.accuracy_widths, self.fairness_widths, self.position)
+        fairness.check(self.method, self.setting())
 
-    def run(self, directory: Path, track: _records.Track) -> "RenderableType":
-        """Writes metrics.jsonl, its curves and fairness.png into `directory`; returns a table."""
-        dataset = self.load(self.seed)
+    def setting(self) -> Setting:
+        """What decides the compiled program."""
         setting = Setting(
             self.accuracy_widths,
             self.fairness_widths,
@@ -145,7 +199,15 @@ class RunFairness(_Shared):
             leader_decay=0.5,
             follower_decay=0.5,
             decay_epochs=max(1, self.num_epochs // 5),
+            followers=self.followers,
+            attention=self.attention,
         )
+        return self.adapted(setting)
+
+    def run(self, directory: Path, track: _records.Track) -> "RenderableType":
+        """Writes metrics.jsonl, its curves and fairness.png into `directory`; returns a table."""
+        dataset = self.load(self.seed)
+        setting = self.setting()
         hyper = Hyper(self.eta, self.leader_rate, self.follower_rate, self.follower_accuracy, self.leader_fairness)
         epochs = self.num_epochs
         callback = track(self.method, epochs)
@@ -160,7 +222,7 @@ class RunFairness(_Shared):
 def settings_of(dataset: fairness_data.Dataset, setting: Setting, hyper: Hyper, num_epochs: int) -> dict[str, Any]:
     """What a record says of a run, as it comes back from JSON."""
     settings = {"dataset": dataset.name, "attributes": dataset.attributes, "num_epochs": num_epochs}
-    whole: dict[str, Any] = json.loads(json.dumps(settings | setting._asdict() | hyper._asdict()))
+    whole: dict[str, Any] = json.loads(json.dumps(settings | _known(setting._asdict()) | hyper._asdict()))
     return whole
 
 
@@ -191,8 +253,8 @@ def write(
 
 def majority_accuracy(dataset: fairness_data.Dataset) -> float:
     """Test accuracy of giving everybody the more frequent label."""
-    positive = float(np.mean(dataset.test.y[dataset.test.weight > 0]))
-    return max(positive, 1 - positive)
+    labels = dataset.test.y[dataset.test.weight > 0].astype(int)
+    return float(np.max(np.bincount(labels)) / len(labels))
 
 
 def _run_report(
@@ -201,22 +263,30 @@ def _run_report(
     from rich.table import Table  # noqa: PLC0415
 
     metrics = outcome.cells[0].metrics
-    row = fairness.layers(setting.accuracy_widths, setting.fairness_widths, setting.position)
     sizes = [int(np.sum(part.weight)) for part in (dataset.train, dataset.validation, dataset.test)]
     majority = majority_accuracy(dataset)
     table = Table.grid(padding=(0, 2))
     table.add_row("data", f"{dataset.name}, by {' and '.join(dataset.attributes)}")
     table.add_row("rows", "{} training, {} validation, {} test".format(*sizes))
-    table.add_row(
-        "layers", " ".join(f"{width}{'*' if 'fair' in name else ''}" for name, width in row) + "  (*follower)"
-    )
-    table.add_row("method", method)
+    table.add_row("layers", " ".join(_layer(*layer, setting.num_followers) for layer in setting.row) + "  (*follower)")
+    table.add_row("method", method if setting.followers == "one" else f"{method}, followers {setting.followers}")
+    table.add_row("unfairness", " + ".join(_loss(loss, dataset.attributes) for loss in setting.terms))
     table.add_row("accuracy", f"{metrics['accuracy']:.3f}  (the majority's label: {majority:.3f})")
     table.add_row("parity gap", f"{metrics['dp_gap']:.3f}  (of mean probabilities: {metrics['dp_gap_soft']:.3f})")
     table.add_row("odds gap", f"{metrics['eo_gap']:.3f}  (of mean probabilities: {metrics['eo_gap_soft']:.3f})")
     table.add_row("worst group", f"{metrics['worst_group_accuracy']:.3f}  accuracy")
     table.add_row("seconds per epoch", f"{outcome.epoch_seconds:.2f}")
     return table
+
+
+def _layer(name: str, width: int, num_followers: int) -> str:
+    """Its width, with a star for each follower up to its own, and "a" for attention."""
+    stars = 1 + fairness.follower_of(name, num_followers) if "fairness_" in name else 0
+    return f"{width}{'a' if name.endswith(fairness.ATTENTION) else ''}{'*' * stars}"
+
+
+def _loss(loss: Loss, attributes: tuple[str, ...]) -> str:
+    return loss.name if loss.attribute is None else f"{loss.name} by {attributes[loss.attribute]}"
 
 
 def draw_run(method: str, cell: fairness.Cell, path: Path) -> None:
@@ -265,12 +335,14 @@ class Variant(NamedTuple):
     @property
     def label(self) -> str:
         """The name in tables and figures."""
-        return label_of(self.method, self.setting.get("update", "sequential"))
+        return label_of(self.method, {"update": "sequential"} | dict(self.setting))
 
 
-def label_of(method: str, update: str) -> str:
-    """The name in tables and figures of a method with one of the two updates."""
-    return f"{method}, simultaneous" if update == "simultaneous" else method
+def label_of(method: str, settings: Mapping[str, Any]) -> str:
+    """The name in tables and figures of a method with one of the updates, and with one follower or several."""
+    if (followers := settings.get("followers", "one")) != "one":
+        return f"{method}, {followers}"
+    return f"{method}, simultaneous" if settings["update"] == "simultaneous" else method
 
 
 class Protocol(NamedTuple):
@@ -305,6 +377,7 @@ _REPRODUCED = (
 _HEAD = Setting((64, 64), (1,), 3, batch_size=500, leader_decay=0.5, follower_decay=0.5, decay_epochs=10)
 _BILEVEL = {"inner_steps": 5, "damping": 0.1, "solver_steps": 10}
 _TRIAL = ({"leader_rate": 2e-3, "follower_rate": 2e-3, "follower_accuracy": 1.0},)
+_TRIALS = tuple({**_TRIAL[0], "leader_fairness": beta} for beta in (0.0, 0.5))
 _COMPARED = (
     Variant("single-objective", {}, ({"leader_rate": 2e-3},)),
     Variant("lagrangian", {}, ({"leader_rate": 2e-3},)),
@@ -314,6 +387,17 @@ _COMPARED = (
     Variant("itd", _BILEVEL, _TRIAL),
     Variant("penalty-value", _BILEVEL, _TRIAL),
 )
+# Two hidden layers of the leader's, one of the first follower's, and the output layer, the second follower's.
+_TWO = Setting(
+    (32, 32),
+    (16, 1),
+    3,
+    batch_size=500,
+    leader_decay=0.5,
+    follower_decay=0.5,
+    decay_epochs=4,
+    losses=(Loss("demographic-parity"), Loss("equalized-odds")),
+)
 PROTOCOLS: dict[str, Protocol] = {
     "pareto": Protocol(_HEAD, _COMPARED, tuple(fairness.etas(0.3, 100.0, 8)), 50, front=True),
     "graph": Protocol(
@@ -321,6 +405,20 @@ PROTOCOLS: dict[str, Protocol] = {
         _COMPARED,
         tuple(fairness.etas(0.3, 100.0, 8)),
         300,
+        front=True,
+    ),
+    # Two losses: their sum as the Lagrangian's and as one follower's, or two followers.
+    "followers": Protocol(
+        _TWO,
+        (
+            Variant("single-objective", {}, ({"leader_rate": 2e-3}, {"leader_rate": 5e-3})),
+            Variant("lagrangian", {}, ({"leader_rate": 2e-3}, {"leader_rate": 5e-3})),
+            Variant("alternating", {"inner_steps": 2}, _TRIALS),
+            Variant("alternating", {"inner_steps": 2, "followers": "together"}, _TRIALS),
+            Variant("alternating", {"inner_steps": 2, "followers": "round-robin"}, _TRIALS),
+        ),
+        tuple(fairness.etas(0.3, 30.0, 4)),
+        12,
         front=True,
     ),
     # The public code's network, rates, loss and eta.
@@ -344,9 +442,12 @@ class CompareFairness(_Shared):
     resumable = True
     dataset: Data = "adult"
     """Drawn by scikit-learn, UCI Adult, Heritage Health, or the NBA graph."""
-    protocol: Literal["pareto", "graph", "published", "article"] = "pareto"
-    """pareto, and for nba graph: fronts under an equal tuning budget; published and article: FairBiNN's setting in its
-    public code and in its paper."""
+    protocol: Literal["pareto", "graph", "followers", "published", "article"] = "pareto"
+    """pareto, and for nba graph: fronts under an equal tuning budget; followers: the same for two losses, parity and
+    equalized odds unless --losses says others, with one follower or two; published and article: FairBiNN's setting in
+    its public code and in its paper."""
+    followers: tuple[Literal["one", "together", "round-robin"], ...] = ("one", "together", "round-robin")
+    """In protocol followers, which of these to run."""
     methods: tuple[str, ...] = ()
     """Methods to run; by default all of the protocol. The figure and the table show all that the directory holds."""
     seeds: int = 5
@@ -364,10 +465,26 @@ class CompareFairness(_Shared):
         known = dict.fromkeys(variant.method for variant in PROTOCOLS[self.protocol].variants)
         if unknown := [method for method in self.methods if method not in known]:
             raise ValueError(f"--methods must be among {', '.join(known)}, got {', '.join(unknown)}.")
+        for variant in self.variants():
+            fairness.check(variant.method, self.setting_of(variant))
+
+    def variants(self) -> list[Variant]:
+        """What the options leave of the protocol's."""
+        return [
+            variant
+            for variant in PROTOCOLS[self.protocol].variants
+            if (not self.methods or variant.method in self.methods)
+            and variant.setting.get("followers", "one") in self.followers
+        ]
+
+    def setting_of(self, variant: Variant) -> Setting:
+        """A variant's setting for the data."""
+        setting = self.adapted(PROTOCOLS[self.protocol].setting._replace(**variant.setting))
+        return setting._replace(batch_size=None) if self.dataset == "nba" else setting
 
     def settings(self) -> dict[str, Any]:
         """The options that decide the numbers, and not how many there are: a longer run may go on from a shorter."""
-        counts = ("seed", "seeds", "methods", "costs", "chunk")
+        counts = ("seed", "seeds", "methods", "followers", "costs", "chunk")
         return {name: value for name, value in super().settings().items() if name not in counts}
 
     def run(self, directory: Path, track: _records.Track) -> "RenderableType":
@@ -375,16 +492,21 @@ class CompareFairness(_Shared):
         protocol = PROTOCOLS[self.protocol]
         epochs, path = self.num_epochs or protocol.num_epochs, directory / "runs.jsonl"
         done = {_records.identity(record) for record in _records.read_existing(path)}
-        for variant in protocol.variants:
-            if not self.methods or variant.method in self.methods:
-                self._one(directory, protocol, variant, epochs, done, track)
+        for variant in self.variants():
+            self._one(directory, protocol, variant, epochs, done, track)
+        setting = self.adapted(protocol.setting)
         if self.costs and not (directory / "costs.jsonl").exists():
-            _measure(directory / "costs.jsonl", self.load(), protocol.setting)
-        runs = list(_records.read_existing(path))
-        rows = summarise(runs, protocol.front)
-        (directory / "table.md").write_text(markdown(rows), encoding="utf-8")
-        draw_comparison(runs, rows, directory / "fairness.png", f"{self.dataset}, {epochs} epochs")
-        return _comparison_table(rows, list(_records.read_existing(directory / "costs.jsonl")))
+            _measure(directory / "costs.jsonl", self.load(), setting)
+        runs, gaps = list(_records.read_existing(path)), gaps_of(setting)
+        rows = summarise(runs, protocol.front, gaps)
+        title = f"{self.dataset}, {epochs} epochs"
+        if setting.losses:
+            title += ", " + " and ".join(_loss(loss, self.attributes) for loss in setting.losses)
+        note = SEVERAL if setting.losses else ""
+        (directory / "table.md").write_text(markdown(rows) + note, encoding="utf-8")
+        draw_comparison(runs, rows, directory / "fairness.png", title, gaps)
+        costs = list(_records.read_existing(directory / "costs.jsonl"))
+        return _comparison_table(rows, costs, several=bool(setting.losses))
 
     def _one(
         self,
@@ -396,11 +518,9 @@ class CompareFairness(_Shared):
         track: _records.Track,
     ) -> None:
         """All runs of a variant that are not done: of a graph, whose division the seed decides, seed by seed."""
-        setting = protocol.setting._replace(**variant.setting)
+        setting = self.setting_of(variant)
         weights = (0.0,) if variant.method == "single-objective" else protocol.etas
         hypers = [Hyper(eta=eta, **trial) for eta in weights for trial in variant.hyper]
-        if self.dataset == "nba":
-            setting = setting._replace(batch_size=None)
         all_seeds = range(self.seed, self.seed + self.seeds)
         for seeds in [[seed] for seed in all_seeds] if self.dataset == "nba" else [all_seeds]:
             dataset = self.load(seeds[0])
@@ -411,7 +531,7 @@ class CompareFairness(_Shared):
                 if any((variant.method, seed, key) not in done for seed in seeds)
             ]
             if missing:
-                callback = track(variant.label[:17], epochs)
+                callback = track(variant.label.removeprefix("alternating, ")[:17], epochs)
                 outcome = fairness.sweep(
                     variant.method, setting, dataset, missing, seeds, epochs, chunk=self.chunk, callback=callback
                 )
@@ -482,16 +602,30 @@ def mean_interval(sample: Sequence[float]) -> Interval:
 
 def label(record: _records.Record) -> str:
     """Method and update of a record."""
-    return label_of(record["method"], record["settings"]["update"])
+    return label_of(record["method"], record["settings"])
 
 
 def _values(record: _records.Record) -> dict[str, float]:
     return {name: np.nan if value is None else value for name, value in record["metrics"].items()}
 
 
-def reference(runs: Sequence[_records.Record]) -> tuple[float, float]:
+def gaps_of(setting: Setting) -> tuple[str, ...]:
+    """The metrics that go with the losses; fronts are of accuracy and one less the largest of them."""
+    odds = ("equalized-odds", "equal-opportunity")
+    if not setting.losses:
+        return fairness.PARITY
+    return tuple(dict.fromkeys("eo_gap" if loss.name in odds else "dp_gap" for loss in setting.losses))
+
+
+def _gap(values: Mapping[str, float], gaps: Sequence[str], prefix: str = "") -> float:
+    return max(values[f"{prefix}{gap}"] for gap in gaps)
+
+
+def reference(
+    runs: Sequence[_records.Record], gaps: Sequence[str] = fairness.PARITY, prefix: str = ""
+) -> tuple[float, float]:
     """The point that bounds the front from below: the majority's label, and accuracy only's gap (else a gap of 1)."""
-    alone = [1 - _values(record)["dp_gap"] for record in runs if record["method"] == "single-objective"]
+    alone = [1 - _gap(_values(record), gaps, prefix) for record in runs if record["method"] == "single-objective"]
     majority = float(np.mean([_values(record)["majority"] for record in runs]))
     return majority, float(np.mean(alone)) if alone else 0.0
 
@@ -500,16 +634,19 @@ def _trial(record: _records.Record) -> str:
     return _records.settings_key(record["settings"])
 
 
-def summarise(runs: Sequence[_records.Record], front: bool) -> list[Row]:
+def summarise(runs: Sequence[_records.Record], front: bool, gaps: Sequence[str] = fairness.PARITY) -> list[Row]:
     """One row per method, with its front, or one per setting."""
     labels = [name for name in COLOURS if any(label(record) == name for record in runs)]
-    point = reference(runs)
+    point = reference(runs, gaps)
+    # Of several losses the majority's label, fair by all of them, would have the largest sum.
+    several = any(record["settings"].get("losses") for record in runs)
+    validation = reference(runs, gaps, "validation_") if several else None
     of = {name: [record for record in runs if label(record) == name] for name in labels}
-    volumes = {name: (_volumes(of[name], (0.0, 0.0)), _volumes(of[name], point)) for name in labels}
+    volumes = {name: (_volumes(of[name], (0.0, 0.0), gaps), _volumes(of[name], point, gaps)) for name in labels}
     rows: list[Row] = []
     for name in labels:
         trials = dict.fromkeys(_trial(record) for record in of[name])
-        shown = [max(trials, key=lambda trial: _score(of[name], trial))] if front else list(trials)
+        shown = [max(trials, key=lambda trial: _score(of[name], trial, gaps, validation))] if front else list(trials)
         plain, above = volumes[name]
         for trial in shown:
             records = [record for record in of[name] if _trial(record) == trial]
@@ -534,19 +671,21 @@ def summarise(runs: Sequence[_records.Record], front: bool) -> list[Row]:
     return rows
 
 
-def _volumes(runs: Sequence[_records.Record], point: tuple[float, float]) -> dict[int, float]:
+def _volumes(runs: Sequence[_records.Record], point: tuple[float, float], gaps: Sequence[str]) -> dict[int, float]:
     """Seed -> hypervolume of the front that the validation part chose among the seed's runs."""
     by_seed: dict[int, list[dict[str, float]]] = {}
     for record in runs:
         by_seed.setdefault(record["seed"], []).append(_values(record))
-    return {seed: fairness.selected_hypervolume(cells, point) for seed, cells in sorted(by_seed.items())}
+    return {seed: fairness.selected_hypervolume(cells, point, gaps) for seed, cells in sorted(by_seed.items())}
 
 
-def _score(runs: Sequence[_records.Record], trial: str) -> float:
-    """Validation accuracy less validation gap, the mean over the seeds."""
+def _score(
+    runs: Sequence[_records.Record], trial: str, gaps: Sequence[str], point: tuple[float, float] | None
+) -> float:
+    """Validation accuracy less validation gap, the mean over the seeds; above a reference point, their area."""
     values = [_values(record) for record in runs if _trial(record) == trial]
-    score = np.mean([value["validation_accuracy"] - value["validation_dp_gap"] for value in values])
-    return float(np.nan_to_num(score, nan=-np.inf))
+    means = np.mean(fairness.points(values, "validation_", gaps), axis=0)
+    return float(np.sum(means)) if point is None else fairness.hypervolume(means[None], point)
 
 
 def _difference(volumes: Mapping[str, tuple[dict[int, float], ...]], name: str, which: int) -> Interval | None:
@@ -605,47 +744,71 @@ def markdown(rows: Sequence[Row]) -> str:
     return _records.markdown_table(header(rows), map(_cells, rows))
 
 
-def _comparison_table(rows: Sequence[Row], costs: Sequence[_records.Record]) -> "RenderableType":
+SEVERAL = """
+Fronts are of accuracy and one less the larger of the gaps that the losses are about. The plain hypervolume also counts
+the majority's label, which is fair by any measure and which some weights of the unfairness lead to; judge by the area
+above the reference point.
+"""
+
+
+def _comparison_table(rows: Sequence[Row], costs: Sequence[_records.Record], several: bool = False) -> "RenderableType":
     from rich import box  # noqa: PLC0415
     from rich.console import Group  # noqa: PLC0415
     from rich.table import Table  # noqa: PLC0415
 
     front = bool(rows and rows[0].hypervolume)
-    names = [
-        "method",
-        "eta",
-        "accuracy",
-        "gap",
-        *(("volume", "less Lagrangian's") if front else ("soft gap", "largest")),
-    ]
+    names = ["method", *([] if several else ["eta"]), "accuracy", "gap"]
+    names += ["odds", "area"] if several else ["volume"] if front else ["soft gap", "largest"]
+    names += ["less Lagrangian's"] if front else []
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     for name in names:
         table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
     for row in rows:
         cells = _cells(row)
         shown = (cells[0], *cells[2:5])
-        if front:
+        if several:
+            table.add_row(cells[0], cells[3], cells[4], cells[6], *cells[-2:])
+        elif front:
             less = "" if row.difference is None else "{:+.3f} [{:+.3f}, {:+.3f}]".format(*row.difference)
             table.add_row(*shown, f"{np.mean(list(row.hypervolume.values())):.3f}", less)
         else:
             table.add_row(*shown, cells[5], cells[7])
     note = "Means over the seeds on the test part. gap: demographic parity of decisions; "
+    note += "odds: equalized odds; " if several else ""
     note += "" if front else "soft gap: of probabilities, and its largest value over the seeds. table.md has more."
-    if front:
+    if several:
+        note += (
+            "area, times 1000: the hypervolume of (accuracy, 1 - the larger of the gaps that the losses are about) of "
+            "the settings on the validation part's front, above the majority's label and accuracy only's gap; its "
+            "difference to the Lagrangian's has a 95% bootstrap interval over seeds. The setting shown has the largest "
+            "such area on the validation part. table.md has more."
+        )
+    elif front:
         note += (
             "the setting shown is the one with the largest validation accuracy less gap; the hypervolume of (accuracy, "
             "1 - gap), volume, is that of the settings on the validation part's front; its difference to the "
             "Lagrangian's has a 95% bootstrap interval over seeds. table.md has more."
         )
     lines = [
-        f"{label(cost)}: {cost['metrics']['ratio']:.2f} times the Lagrangian's epoch"
+        f"{label(cost)}: {cost['metrics']['ratio']:.2f} times the Lagrangian's epoch{_arithmetic(cost, costs[0])}"
         for cost in costs
         if cost["method"] != "lagrangian"
     ]
     return Group(table, "", textwrap.fill(note, 78), *lines)
 
 
-def draw_comparison(runs: Sequence[_records.Record], rows: Sequence[Row], path: Path, title: str) -> None:
+def _arithmetic(cost: _records.Record, first: _records.Record) -> str:
+    flops, of_first = (record["metrics"].get("flops") for record in (cost, first))
+    return f", {flops / of_first:.2f} times its arithmetic" if flops and of_first else ""
+
+
+def draw_comparison(
+    runs: Sequence[_records.Record],
+    rows: Sequence[Row],
+    path: Path,
+    title: str,
+    gaps: Sequence[str] = fairness.PARITY,
+) -> None:
     """Test accuracy against gap of every setting (mean over seeds; seeds faint), hypervolumes by method, as a PNG."""
     from matplotlib import rc_context  # noqa: PLC0415
     from matplotlib.figure import Figure  # noqa: PLC0415
@@ -659,7 +822,7 @@ def draw_comparison(runs: Sequence[_records.Record], rows: Sequence[Row], path: 
         lows: list[float] = []
         for name in names:
             of_name = [record for record in runs if label(record) == name]
-            points = fairness.points([_values(record) for record in of_name])
+            points = fairness.points([_values(record) for record in of_name], gaps=gaps)
             trials = [_trial(record) for record in of_name]
             means = np.array([points[[t == trial for t in trials]].mean(axis=0) for trial in dict.fromkeys(trials)])
             best = fairness.pareto_front(means)
@@ -669,13 +832,17 @@ def draw_comparison(runs: Sequence[_records.Record], rows: Sequence[Row], path: 
             plane.scatter(1 - points[:, 1], points[:, 0], s=5, color=colour, alpha=0.25, lw=0)
             plane.scatter(1 - means[:, 1], means[:, 0], s=16, color=colour, lw=0, alpha=0.7)
             plane.plot(1 - line[:, 1], line[:, 0], color=colour, marker="o", ms=4.5, lw=1.3, label=name)
-        plane.set(xlabel="Demographic parity gap of decisions (test)", ylabel="Accuracy (test)", title=title)
+        names_of = {"dp_gap": "demographic parity", "eo_gap": "equalized odds"}
+        gap = " or ".join(names_of[name] for name in gaps)
+        gap = f"{gap.capitalize()} gap" if len(gaps) == 1 else f"Gap in {gap}, the larger,"
+        plane.set(xlabel=f"{gap} of decisions (test)", ylabel="Accuracy (test)", title=title)
         plane.set_xlim(left=-0.003)
-        bottom, majority = min(lows) - 0.012, reference(runs)[0]  # settings far below the fronts are left out
+        bottom, majority = min(lows) - 0.012, reference(runs, gaps)[0]  # settings far below the fronts are left out
         plane.set_ylim(bottom=bottom)
         if majority > bottom:
             plane.axhline(majority, color="0.7", lw=0.8, ls=":")
-            plane.annotate("majority's label", (0.0, majority), va="bottom", color="0.5", fontsize=7.5)
+            place: Any = {"xy": (0.2, majority), "xycoords": ("axes fraction", "data")}
+            plane.annotate("majority's label", **place, va="bottom", color="0.5", fontsize=7.5)
         plane.legend(frameon=False, fontsize=7.5, loc="lower right")
         if front:
             _draw_volumes(panels[1], rows)

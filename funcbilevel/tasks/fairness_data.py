@@ -1,7 +1,7 @@
 """Data for fair classification: UCI Adult, Heritage Health, the NBA graph, and a sample drawn by scikit-learn.
 
-Every loader returns a `Dataset`: a training, a validation and a test part whose rows have a binary label and one group
-number for each attribute. Whatever is fitted to data (scalers) is fitted to the training part only.
+Every loader returns a `Dataset`: a training, a validation and a test part whose rows have a label, of two classes or
+more, and one group number for each attribute. Whatever is fitted to data (scalers) is fitted to the training part only.
 """
 
 import hashlib
@@ -10,7 +10,7 @@ import shutil
 import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -25,7 +25,7 @@ class Batch(NamedTuple):
 
     Attributes:
         x: what the network is called on: features [n, d], pictures [n, h, w, c], or a `Graph` of n nodes.
-        y: labels, 0 or 1, [n].
+        y: labels, 0 or 1, or 0 to k - 1, [n].
         groups: for each attribute the number of the row's group, from 0 on, [n, num_attributes].
         weight: 1 for rows that count and 0 for those that do not (other nodes of the graph), [n].
     """
@@ -56,6 +56,7 @@ class Dataset(NamedTuple):
         train, validation, test: disjoint rows; of a graph the same nodes with different weights.
         attributes: names of the attributes.
         num_groups: how many groups each of them has.
+        num_classes: how many labels there are.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Dataset(NamedTuple):
     test: Batch
     attributes: tuple[str, ...]
     num_groups: tuple[int, ...]
+    num_classes: int = 2
 
 
 def split(n: int, fractions: Sequence[float], seed: int) -> list[Array]:
@@ -90,12 +92,13 @@ def _dataset(
     parts: Sequence[Array],
     attributes: tuple[str, ...],
     num_groups: tuple[int, ...],
+    num_classes: int = 2,
 ) -> Dataset:
     """Rows scaled by the training part and divided into `parts`: training, validation, test."""
     low, extent = scaler(x[parts[0]])
     x = (x - low) / extent
     train, validation, test = (_batch(x[rows], y[rows], groups[rows]) for rows in parts)
-    return Dataset(name, train, validation, test, attributes, num_groups)
+    return Dataset(name, train, validation, test, attributes, num_groups, num_classes)
 
 
 # UCI Adult.
@@ -110,6 +113,9 @@ ADULT_NUMBERS = ("age", "education-num", "capital-gain", "capital-loss", "hours-
 ADULT_CATEGORIES = (
     *("workclass", "education", "marital-status", "occupation", "relationship", "race", "sex", "native-country"),
 )
+ADULT_EDUCATION = (9, 10, 13)
+"""The lowest education-num of high school, of some college, of a bachelor's degree."""
+ADULT_CLASSES = {"income": 2, "education": 1 + len(ADULT_EDUCATION)}
 _ADULT_COLUMNS = (
     *("age", "workclass", "fnlwgt", "education", "education-num", "marital-status", "occupation", "relationship"),
     *("race", "sex", "capital-gain", "capital-loss", "hours-per-week", "native-country", "income"),
@@ -121,8 +127,12 @@ def adult(
     attributes: tuple[str, ...] = ("sex",),
     validation: float = 0.2,
     seed: int = 0,
+    label: Literal["income", "education"] = "income",
 ) -> Dataset:
     """UCI Adult (Becker and Kohavi 1996): does a person earn more than 50,000 dollars?
+
+    Or, with label "education", of which of four classes is their education: no diploma, high school, some college or an
+    associate degree, a bachelor's degree or more? Income is then a feature in place of the two columns on education.
 
     Rows with a '?' are dropped (30,162 and 15,060 remain), and so is `fnlwgt`, a sampling weight. Categories are
     one-hot, sex as a single column; numbers are scaled to [0, 1] by the training part. Training and validation part
@@ -131,34 +141,38 @@ def adult(
     Args:
         directory: where adult.data and adult.test are; by default FUNCBILEVEL_ADULT_DIR, and if that is not set
             either, they are downloaded from the UCI archive into a cache, and their checksums compared.
-        attributes: among the categories, "sex" and "race" for example.
+        attributes: among the categories, "sex" (two groups) and "race" (the file's five) for example.
         validation: the validation part's share of adult.data.
         seed: of that division.
+        label: what to predict.
 
     Raises:
         FileNotFoundError: the directory does not hold the files.
-        ValueError: there is no such attribute, or a file holds something else.
+        ValueError: there is no such attribute or label, or a file holds something else.
         OSError: the download failed.
     """
     if unknown := [name for name in attributes if name not in ADULT_CATEGORIES] or not attributes:
         raise ValueError(f"attributes must be among {', '.join(ADULT_CATEGORIES)}, got {unknown or '(none)'}.")
+    if label not in ADULT_CLASSES:
+        raise ValueError(f"label must be one of {', '.join(ADULT_CLASSES)}, got {label!r}.")
     directory = directory or os.environ.get(ADULT_VARIABLE)
     folder = download_adult() if directory is None else Path(directory)
     train_frame, test_frame = (read_adult(folder / name) for name in ADULT_SHA256)
     levels = {name: sorted(set(train_frame[name])) for name in ADULT_CATEGORIES}
     (x, groups, y), (x_test, groups_test, y_test) = (
-        _adult_arrays(frame, levels, attributes) for frame in (train_frame, test_frame)
+        _adult_arrays(frame, levels, attributes, label) for frame in (train_frame, test_frame)
     )
     held_out, kept = split(len(y), (validation,), seed)
     parts = (kept, held_out, len(y) + np.arange(len(y_test)))
     return _dataset(
-        "adult",
+        "adult" if label == "income" else f"adult-{label}",
         np.concatenate([x, x_test]),
         np.concatenate([y, y_test]),
         np.concatenate([groups, groups_test]),
         parts,
         attributes,
         tuple(len(levels[name]) for name in attributes),
+        ADULT_CLASSES[label],
     )
 
 
@@ -181,7 +195,7 @@ def read_adult(path: Path) -> "pd.DataFrame":
 
 
 def _adult_arrays(
-    frame: "pd.DataFrame", levels: Mapping[str, list[str]], attributes: tuple[str, ...]
+    frame: "pd.DataFrame", levels: Mapping[str, list[str]], attributes: tuple[str, ...], label: str
 ) -> tuple[Array, Array, Array]:
     """(x, groups, y); a category that adult.data does not know is a row of zeros."""
 
@@ -189,10 +203,17 @@ def _adult_arrays(
         columns = frame[name].to_numpy()[:, None] == np.array(levels[name], dtype=object)
         return columns[:, 1:] if name == "sex" else columns
 
-    numbers = [frame[[name]].to_numpy() for name in ADULT_NUMBERS]
-    x = np.hstack([*numbers, *(one_hot(name) for name in ADULT_CATEGORIES)]).astype(float)
+    y = income = (frame["income"] == ">50K").to_numpy(float)
+    features: list[Array] = []
+    dropped: tuple[str, ...] = ()
+    if label == "education":
+        y, features = np.digitize(frame["education-num"].to_numpy(float), ADULT_EDUCATION), [income[:, None]]
+        dropped = ("education", "education-num")
+    features += [frame[[name]].to_numpy() for name in ADULT_NUMBERS if name not in dropped]
+    features += [one_hot(name) for name in ADULT_CATEGORIES if name not in dropped]
+    x = np.hstack(features).astype(float)
     groups = np.stack([np.searchsorted(levels[name], frame[name].to_numpy(str)) for name in attributes], axis=1)
-    return x, groups, (frame["income"] == ">50K").to_numpy(float)
+    return x, groups, y.astype(float)
 
 
 def download_adult(directory: str | Path = "~/.cache/funcbilevel/adult") -> Path:
@@ -358,26 +379,39 @@ def _download_nba(directory: str | Path = "~/.cache/funcbilevel/nba") -> Path:
 # Drawn by scikit-learn.
 
 
-def synthetic(n: int = 8000, bias: float = 1.0, seed: int = 0) -> Dataset:
+def synthetic(n: int = 8000, bias: float = 1.0, seed: int = 0, num_classes: int = 2) -> Dataset:
     """`sklearn.datasets.make_classification` with a group that the label and five of 20 features go with. No download.
 
-    A row's group is 1 with probability sigmoid(bias (2 y - 1)); group 1 moves five features by half a standard
-    deviation, and is a feature itself.
+    A row's group is 1 with probability sigmoid(bias (2 y / (k - 1) - 1)) if there are k classes; group 1 moves five
+    features by half a standard deviation, and is a feature itself.
 
     Args:
         n: rows in all; half are for training, a quarter each for validation and test.
         bias: how strongly label and group go together; 0 for not at all.
         seed: of the draw and of the division.
+        num_classes: of the labels, k.
+
+    Raises:
+        ValueError: there are fewer than two classes.
     """
+    if num_classes < 2:
+        raise ValueError(f"num_classes must be at least 2, got {num_classes}.")
     from sklearn.datasets import make_classification  # noqa: PLC0415
 
     drawn: Any = make_classification(
-        n, n_features=20, n_informative=8, n_redundant=4, flip_y=0.08, class_sep=0.8, random_state=seed
+        n,
+        n_features=20,
+        n_informative=8,
+        n_redundant=4,
+        n_classes=num_classes,
+        flip_y=0.08,
+        class_sep=0.8,
+        random_state=seed,
     )
     x, y = drawn
     rng = np.random.default_rng(seed)
-    group = (rng.uniform(size=n) < 1 / (1 + np.exp(-bias * (2 * y - 1)))).astype(float)
+    group = (rng.uniform(size=n) < 1 / (1 + np.exp(-bias * (2 * y / (num_classes - 1) - 1)))).astype(float)
     x[:, rng.permutation(20)[:5]] += 0.5 * x.std() * group[:, None]
     x = np.hstack([x, group[:, None]])
     parts = split(n, (0.5, 0.25), seed)
-    return _dataset("synthetic", x, y, group[:, None], parts, ("group",), (2,))
+    return _dataset("synthetic", x, y, group[:, None], parts, ("group",), (2,), num_classes)
