@@ -5,7 +5,16 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, Union
 
-from funcbilevel.tasks import _records, demand, fairness_commands, iv_commands, rl_commands, schooling, schooling_iv
+from funcbilevel.tasks import (
+    _records,
+    arm_commands,
+    demand,
+    fairness_commands,
+    iv_commands,
+    rl_commands,
+    schooling,
+    schooling_iv,
+)
 
 # command -> its help and its tasks: a new task is one entry, and so is a new command.
 COMMANDS: dict[str, tuple[str, dict[str, type[_records.Options]]]] = {
@@ -17,6 +26,7 @@ COMMANDS: dict[str, tuple[str, dict[str, type[_records.Options]]]] = {
             "cartpole": rl_commands.RunCartPole,
             "pendulum": rl_commands.RunPendulum,
             "fairness": fairness_commands.RunFairness,
+            "arm": arm_commands.RunArm,
         },
     ),
     "compare": (
@@ -27,6 +37,7 @@ COMMANDS: dict[str, tuple[str, dict[str, type[_records.Options]]]] = {
             "schooling": schooling_iv.CompareSchooling,
             "cartpole": rl_commands.CompareCartPole,
             "fairness": fairness_commands.CompareFairness,
+            "arm": arm_commands.CompareArm,
         },
     ),
 }

@@ -264,7 +264,7 @@ def costs(arm: Arm, omega: Any, theta: Any, episodes: Episodes) -> Costs:
         100 * jnp.mean(jnp.sum((path.end_point - episodes.position[:, 1:]) ** 2, axis=-1)),
         jnp.mean(jnp.sum((path.leader + path.follower) ** 2, axis=-1)) / TORQUE**2,
         100 * jnp.mean(depth**2),
-        jnp.mean(depth == 0),
+        jnp.mean(depth == 0, dtype=depth.dtype),
     )
 
 
@@ -557,11 +557,18 @@ def points(cells: Sequence[Mapping[str, float]], prefix: str = "") -> np.ndarray
     return np.where(np.isfinite(array).all(axis=1, keepdims=True), array, np.inf)
 
 
-def selected_front(cells: Sequence[Mapping[str, float]]) -> np.ndarray[Any, Any]:
-    """(tracking, energy) on the test episodes of the settings on the validation front, [k, 2], by tracking."""
-    finite = [cell for cell in cells if np.isfinite(points([cell])).all()]
-    chosen = points(finite)[pareto_front(-points(finite, "validation_"))] if finite else points([])
-    return chosen[np.argsort(chosen[:, 0])]
+def selected(cells: Sequence[Mapping[str, float]]) -> list[Mapping[str, float]]:
+    """The settings on the validation episodes' front, by their tracking error on the test episodes."""
+    finite = [cell for cell in cells if np.isfinite([points([cell]), points([cell], "validation_")]).all()]
+    on_front = pareto_front(-points(finite, "validation_")) if finite else []
+    return sorted((cell for cell, on in zip(finite, on_front, strict=True) if on), key=lambda cell: cell["tracking"])
+
+
+def at_tracking(cells: Sequence[Mapping[str, float]], name: str, tracking: float) -> float:
+    """A metric of the `selected` cells, interpolated linearly in log tracking; NaN outside their range."""
+    x = np.log([cell["tracking"] for cell in cells])
+    y = [cell[name] for cell in cells]
+    return float(np.interp(np.log(tracking), x, y, np.nan, np.nan)) if len(x) else float("nan")
 
 
 def energy_ratio(front: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> float:
