@@ -74,12 +74,12 @@ def energies(of, dt, torque=lambda q: jnp.zeros(2)):
 def test_energy_is_conserved_without_torque_and_friction(x64):
     free = LOADED._replace(friction=0.0)
     drift = {dt: float(np.ptp(energies(free, dt))) for dt in (2e-3, 1e-3, 1e-4)}
-    print(drift, energies(LOADED, 1e-3)[::200], energies(free, 1e-3)[::200])
-    assert drift[1e-4] < 2e-3 * abs(float(energies(free, 1e-3)[0]))  # a method of order one
+    assert drift[1e-4] < 0.05  # J, where friction takes 8
+    # A method of order one.
     assert drift[2e-3] / drift[1e-3] == pytest.approx(2.0, rel=0.1)
     assert drift[1e-3] / drift[1e-4] == pytest.approx(10.0, rel=0.2)
     lost = energies(LOADED, 1e-4)
-    assert lost[-1] < lost[0] - 0.1  # friction
+    assert lost[-1] < lost[0] - 5.0  # friction
     # The torque that `gravity` says holds the arm at rest.
     q = jnp.array([0.3, 0.8])
     np.testing.assert_allclose(arm.acceleration(LOADED, q, jnp.zeros(2), arm.gravity(LOADED, q)), 0.0, atol=1e-12)

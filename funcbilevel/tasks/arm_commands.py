@@ -447,15 +447,13 @@ def draw(
     from matplotlib.figure import Figure  # noqa: PLC0415
 
     with rc_context(STYLE):
-        figure = Figure(figsize=(11, 8), layout="constrained")
-        ((fronts, ratios), (drawing, costs)) = figure.subplots(2, 2)
-        _draw_fronts(fronts, rows)
-        _draw_ratios(ratios, [row for row in rows if row.method != CONTROL])
-        _draw_paths(drawing, runs, paths)
+        figure = Figure(figsize=(11, 8) if changed else (15, 4.2), layout="constrained")
+        panels: Any = figure.subplots(2, 2).ravel() if changed else figure.subplots(1, 3)
+        _draw_fronts(panels[0], rows)
+        _draw_ratios(panels[1], [row for row in rows if row.method != CONTROL])
+        _draw_paths(panels[2], runs, paths)
         if changed:
-            _draw_changes(costs, [row for row in changed if row.change == CHANGES[0].name])
-        else:
-            costs.set_axis_off()
+            _draw_changes(panels[3], [row for row in changed if row.change == CHANGES[0].name])
         figure.savefig(path, dpi=150)
 
 
@@ -475,6 +473,7 @@ def _draw_fronts(axes: Any, rows: Sequence[Row]) -> None:
                 ms=2.5,
                 lw=0.9,
                 alpha=0.7,
+                ls=":" if row.method == "leader-only" else "-",
                 label=None if i else _name(row.method),
             )
     axes.set_xscale("log")
@@ -500,8 +499,8 @@ def _draw_ratios(axes: Any, rows: Sequence[Row]) -> None:
         axes.plot([low, high], [i, i], color=COLOURS[row.method], lw=2)
         axes.scatter(values, np.full(len(values), i), s=10, color=COLOURS[row.method], alpha=0.5, lw=0)
         axes.plot(mean, i, "o", color=COLOURS[row.method], ms=6)
-    axes.axvline(1.0, color="C0", lw=1, label="weighted reward")
-    axes.set_yticks(range(len(shown)), [_name(row.method) for row in shown])
+    axes.axvline(1.0, color=COLOURS[CONTROL], lw=1, label=_name(CONTROL))
+    axes.set_yticks(range(len(shown)), [_name(row.method).replace(", ", ",\n") for row in shown])
     axes.set_ylim(-0.6, len(shown) - 0.2)
     axes.set(
         xlabel="Energy over that of the weighted reward's front (less is better)",
@@ -511,7 +510,7 @@ def _draw_ratios(axes: Any, rows: Sequence[Row]) -> None:
 
 
 def _draw_paths(axes: Any, runs: Sequence[_records.Record], paths: Sequence[Mapping[str, Any]]) -> None:
-    """The end point's paths of the runs nearest to the same validation error, and the arm at four times."""
+    """The end point's paths of the runs nearest to the same validation error, and the arm at three times."""
     tracking = {
         (
             r["method"],
@@ -527,25 +526,27 @@ def _draw_paths(axes: Any, runs: Sequence[_records.Record], paths: Sequence[Mapp
         key = tuple(line[name] for name in ("method", "seed", "weight", "leader_rate", "follower_rate"))
         return abs(np.log(tracking[key] / EQUAL))
 
-    episode = SHOWN - 1
-    reference = np.asarray(arm.held_out(arm.TEST).position[episode])
+    references = np.asarray(arm.held_out(arm.TEST).position[:SHOWN])
+    episode = int(np.argmax(np.sum(np.linalg.norm(np.diff(references, axis=1), axis=-1), axis=1)))  # the longest
+    reference = references[episode]
     axes.axvspan(arm.ZONE, 1.0, color="C1", alpha=0.12, lw=0)
     axes.annotate("zone of people", (arm.ZONE + 0.01, 0.97), xycoords=("data", "axes fraction"), va="top", fontsize=8)
     axes.plot(*reference.T, color="0.2", lw=3, alpha=0.3, label="reference")
-    for method in ("lagrangian", "alternating", "aid-cg"):
+    for method, width in (("lagrangian", 4.0), ("alternating", 2.2), ("aid-cg", 0.8)):  # they may coincide
         lines = [line for line in paths if line["method"] == method]
         if lines:
             angles = jnp.asarray(min(lines, key=distance)["angles"][episode])
             ends = np.asarray(jax.vmap(lambda q: arm.end_point(arm.Arm(), q))(angles))
-            axes.plot(*ends.T, color=COLOURS[method], lw=1.4, label=_name(method))
+            axes.plot(*ends.T, color=COLOURS[method], lw=width, label=_name(method))
             if method == "lagrangian":
-                for q in angles[:: len(angles) // 3]:
+                for q in angles[:: len(angles) // 2]:
                     elbow = 0.5 * np.array([np.cos(q[0]), np.sin(q[0])])
                     end = np.asarray(arm.end_point(arm.Arm(), q))
                     axes.plot(*np.array([(0.0, 0.0), elbow, end]).T, color="0.75", lw=2, marker="o", ms=3, zorder=0)
     axes.set_aspect("equal")
+    axes.set(xlim=(-0.3, 1.35), ylim=(-0.65, 0.25))
     axes.set(xlabel="x (m)", ylabel="y (m)", title="A test reference, at a mean error of about 3 cm")
-    axes.legend(frameon=False, fontsize=8, loc="upper left")
+    axes.legend(frameon=False, fontsize=8, loc="center right")
 
 
 def _draw_changes(axes: Any, changed: Sequence[Changed]) -> None:
@@ -559,10 +560,10 @@ def _draw_changes(axes: Any, changed: Sequence[Changed]) -> None:
             axes.plot(steps, means, style, color=COLOURS[method], marker="o", ms=3, label=label)
             axes.fill_between(steps, lows, highs, color=COLOURS[method], alpha=0.15, lw=0)
     axes.set_xticks(range(1 + len(RETRAINING)), ["0", *map(str, RETRAINING)])
-    axes.set_yscale("log")
+    axes.set_ylim(bottom=0)
     axes.set(
         xlabel="Steps of training after the change",
         ylabel="tracking + w (energy + intrusion)",
-        title=f"A payload of {CHANGES[0].payload:g} kg: the follower alone trained again, or both",
+        title=f"A payload of {CHANGES[0].payload:g} kg is added, then players train again",
     )
     axes.legend(frameon=False, fontsize=8)
