@@ -13,7 +13,7 @@ from funcbilevel import cli
 from funcbilevel.tasks import _records, arm, arm_commands
 from funcbilevel.tasks.arm import Arm, Hyper, Setting
 
-SMALL = Setting(width=3, inner_steps=1)  # the commands' too: two cells of it are compiled once for several tests
+SMALL = Setting(width=3, inner_steps=1)  # the commands' too: three cells of it are compiled once for all
 LOADED = Arm(lengths=(0.4, 0.6), masses=(1.5, 0.7), payload=0.8, friction=0.3, gravity=9.81)
 
 
@@ -113,7 +113,7 @@ def test_kinematics(x64):
 
 
 def test_references_run_from_rest_to_rest_within_reach(x64):
-    episodes = jax.jit(lambda key: arm.draw_episodes(key, 200))(jax.random.key(0))
+    episodes = arm.draw_episodes(jax.random.key(0), 200)
     episodes = jax.tree.map(np.asarray, episodes)
     assert episodes.position.shape == (200, arm.STEPS + 1, 2)
     np.testing.assert_array_equal(episodes.velocity[:, [0, -1]], 0.0)
@@ -141,7 +141,7 @@ def test_costs_by_hand(x64):
     """The same episodes by plain loops over episodes and steps."""
     omega, theta = players()
     theta = {name: 5.0 * value for name, value in theta.items()}
-    episodes, heavy = jax.jit(lambda key: arm.draw_episodes(key, 12))(jax.random.key(3)), Arm(payload=0.5)
+    episodes, heavy = arm.draw_episodes(jax.random.key(3), 12), Arm(payload=0.5)
     sums = np.zeros(4)
     jacobian, end_point = (jax.jit(lambda q, f=f: f(heavy, q)) for f in (arm.jacobian, arm.end_point))
     acceleration = jax.jit(lambda *args: arm.acceleration(heavy, *args))
@@ -185,7 +185,7 @@ def test_costs_by_hand(x64):
 
 def test_gradient_of_a_rollout_by_differences(x64):
     omega, theta = players()
-    episodes = jax.jit(lambda key: arm.draw_episodes(key, 2))(jax.random.key(3))
+    episodes = arm.draw_episodes(jax.random.key(3), 2)
     flat, unflatten = jax.flatten_util.ravel_pytree((omega, theta))
     direction = jnp.asarray(np.random.default_rng(0).normal(size=flat.shape))
     value = jax.jit(lambda t: arm.weighted(arm.costs(Arm(), *unflatten(flat + t * direction), episodes), 1.0))
@@ -211,30 +211,42 @@ def norm_of_difference(a, b):
 
 
 def test_a_sweep_is_the_runs_by_themselves_and_rate_zero_keeps_a_player():
-    hypers = [Hyper(0.1, 0.01, 0.02), Hyper(3.0, 0.02, 0.01, 1.0)]
+    hypers = [Hyper(0.1, 0.01, 0.02), Hyper(3.0, 0.02, 0.01, 1.0), Hyper(3.0, 0.02, 0.01)]
     together = arm.sweep("lagrangian", SMALL, hypers, [3], 7, chunk=3)
     assert [cell[:2] for cell in together.cells] == [(hyper, 3) for hyper in hypers]
     metrics = together.cells[1][2]
-    other = arm.sweep("lagrangian", SMALL, [hypers[1]], [3, 4], 7, chunk=7)  # beside another cell, in one chunk
+    other = arm.sweep("lagrangian", SMALL, [hypers[1]], [3, 4, 5], 7, chunk=7)  # beside other cells, in one chunk
     assert other.cells[0][2] == pytest.approx(metrics, rel=1e-3)
-    assert len({cell[2]["energy"] for cell in (*together.cells, other.cells[1])}) == 3
+    assert len({cell[2]["energy"] for cell in (*together.cells, *other.cells[1:])}) == 5
     names = arm.Costs._fields
     assert set(metrics) == {*names, *(f"validation_{name}" for name in names), "alone"}
     # From where it stopped: a player with rate 0 stays.
-    again = arm.sweep(
-        "lagrangian", SMALL, [Hyper(0.1, 0.0, 0.02), Hyper(0.1, 0.0, 0.0)], [3], 7, start=together.players
-    )
-    assert norm_of_difference(again.players[0], together.players[0]) == 0.0
-    moved, still = (jax.tree.map(lambda x: x[i], (again.players[1], together.players[1])) for i in (0, 1))
-    assert norm_of_difference(*moved) > 1e-3
-    assert norm_of_difference(*still) == 0.0
+    rates = [Hyper(0.1, 0.0, 0.02), Hyper(0.1, 0.0, 0.0), Hyper(0.1, 0.02, 0.0)]
+    again = arm.sweep("lagrangian", SMALL, rates, [3], 7, start=together.players)
+    for player, i, moved in [(0, 0, False), (1, 0, True), (0, 1, False), (1, 1, False), (0, 2, True), (1, 2, False)]:
+        pair = jax.tree.map(lambda x: x[i], (again.players[player], together.players[player]))
+        assert (norm_of_difference(*pair) > 1e-3) == moved
     assert arm.program("lagrangian", SMALL).advance._cache_size() == 1
 
 
 def test_the_weighted_reward_learns():
-    cells = arm.sweep("lagrangian", SMALL, [Hyper(0.1, 0.02, 0.02), Hyper(0.1, 0.0, 0.0)], [0], 80).cells
+    hypers = [Hyper(0.1, 0.02, 0.02), Hyper(0.1, 0.0, 0.0), Hyper(0.1, 0.01, 0.01)]
+    cells = arm.sweep("lagrangian", SMALL, hypers, [0], 80).cells
     costs = [m["tracking"] + 0.1 * (m["energy"] + m["intrusion"]) for _, _, m in cells]
+    assert costs[0] < costs[2] < costs[1]
     assert costs[0] < 0.7 * costs[1]
+
+
+@pytest.mark.parametrize("method", ["leader-only", "itd"])
+def test_other_methods_trace(method):
+    """Shapes and structures only; compiling these takes long."""
+    compiled, key = arm.program(method, SMALL), jax.random.key(0)
+    cell = jax.tree.map(lambda x: jnp.array([x]), (Hyper(), arm.init_players(key, method, SMALL)))
+    state = jax.eval_shape(compiled.init, key[None], cell[1], cell[0], 4)
+    after, metrics = jax.eval_shape(compiled.advance, state, cell[0], key[None], 4, 2)
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    assert {"outer_objective", "inner_objective"} <= metrics.keys()
+    assert (state.inner_params is None) == (method == "leader-only")
 
 
 @pytest.mark.parametrize(
@@ -281,11 +293,11 @@ FEW = ["--updates", "8", "--inner-steps", "1", "--width", "3"]
 
 
 @pytest.fixture
-def two_weights(monkeypatch):
-    monkeypatch.setattr(arm_commands, "WEIGHTS", (arm_commands.MIDDLE, 30.0))
+def three_weights(monkeypatch):
+    monkeypatch.setattr(arm_commands, "WEIGHTS", (arm_commands.MIDDLE, 3.0, 30.0))
 
 
-def test_run(tmp_path, capsys, two_weights):
+def test_run(tmp_path, capsys, three_weights):
     directory = tmp_path / "run"
     args = ["run", "arm", *FEW, "--output-dir", str(directory)]
     cli.main(args)
@@ -295,36 +307,38 @@ def test_run(tmp_path, capsys, two_weights):
     assert sorted(path.name for path in directory.iterdir()) == names
     assert (directory / "arm.png").stat().st_size > 20_000
     records = list(_records.read(directory / "runs.jsonl"))
-    assert [r["method"] for r in records] == 2 * ["lagrangian"] + 2 * ["aid-cg"]
+    assert [r["method"] for r in records] == 3 * ["lagrangian"] + 3 * ["aid-cg"]
     assert {r["settings"]["updates"] for r in records} == {8}
     assert all(r["metrics"]["tracking"] > 0 for r in records)
     cli.main(args)
-    assert len(list(_records.read(directory / "runs.jsonl"))) == 4  # all were there
+    assert len(list(_records.read(directory / "runs.jsonl"))) == 6  # all were there
 
 
-def test_compare(tmp_path, monkeypatch, two_weights):
+def test_compare(tmp_path, monkeypatch, three_weights):
     monkeypatch.setattr(arm_commands, "TRIALS", dict.fromkeys(arm.METHODS, ((0.02, 0.02),)))
     monkeypatch.setattr(arm_commands, "RATES", (0.01,))
     monkeypatch.setattr(arm_commands, "RETRAINING", (2, 4))
-    few = [*FEW, "--methods", "lagrangian", "leader-only", "--seeds", "1"]
+    few = [*FEW, "--methods", "lagrangian", "aid-cg", "--seeds", "1"]
     cli.main(["compare", "arm", *few, "--output-dir", str(tmp_path)])
     runs = list(_records.read(tmp_path / "runs.jsonl"))
-    assert len(runs) == 2 * 2
+    assert len(runs) == 2 * 3
     table, changes = (tmp_path / "table.md").read_text().split("\n\n")
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
-    assert [row[:4] for row in cells] == [[m, "1", "2", "0"] for m in ("lagrangian", "leader-only")]
+    assert [row[:4] for row in cells] == [[m, "1", "3", "0"] for m in ("lagrangian", "aid-cg")]
 
     # The ratio of the table, from the records.
     def front(method):
         return arm.points(arm.selected([r["metrics"] for r in runs if r["method"] == method]))
 
-    ratio = arm.energy_ratio(front("leader-only"), front("lagrangian"))
+    ratio = arm.energy_ratio(front("aid-cg"), front("lagrangian"))
     assert cells[1][4].split(" ")[0] == (f"{ratio:.3f}" if np.isfinite(ratio) else "")
 
     again = list(_records.read(tmp_path / "changes.jsonl"))
-    assert len(again) == 2 * 2 * 3  # changes, numbers of steps, ways
+    assert len(again) == 2 * 2 * 2 * 3  # methods, changes, numbers of steps, ways
+    again = [r for r in again if r["method"] == "lagrangian"]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in changes.splitlines()[2:]]
-    assert [row[:3] for row in rows] == [[c, "lagrangian", n] for c in ("payload", "weight") for n in ("2", "4")]
+    ways = [[c, m, n] for m in ("lagrangian", "aid-cg") for c in ("payload", "weight") for n in ("2", "4")]
+    assert [row[:3] for row in rows] == ways
 
     def cost(change, updates, *rates):
         (of,) = (

@@ -18,7 +18,7 @@ References:
 import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -138,6 +138,7 @@ class Episodes(NamedTuple):
     velocity: jax.Array
 
 
+@partial(jax.jit, static_argnums=1)
 def draw_episodes(key: jax.Array, n: int) -> Episodes:
     """Random references, each with even odds a straight reach between two points or one turn of an ellipse.
 
