@@ -82,15 +82,13 @@ class _Shared(_records.Options):
         """What decides the compiled programs."""
         return Setting(width=self.width, inner_steps=self.inner_steps)
 
-    def complete(
-        self, directory: Path, track: _records.Track, trials: Mapping[str, Sequence[tuple[float, float]]]
-    ) -> dict[str, arm.Sweep]:
+    def complete(self, directory: Path, track: _records.Track) -> dict[str, arm.Sweep]:
         """Trains what runs.jsonl does not hold yet, and returns it by method."""
         trained: dict[str, arm.Sweep] = {}
         path = directory / "runs.jsonl"
         done = {_records.identity(record) for record in _records.read_existing(path)}
         for method in self.methods:
-            hypers = [Hyper(weight, *rates) for weight in WEIGHTS for rates in trials[method]]
+            hypers = [Hyper(weight, *rates) for weight in WEIGHTS for rates in TRIALS[method]]
             keys = [_records.settings_key(settings_of(self.setting, hyper, self.updates)) for hyper in hypers]
             every = range(self.seed, self.seed + self.seeds)
             seeds = [seed for seed in every if any((method, seed, key) not in done for key in keys)]
@@ -121,7 +119,7 @@ class RunArm(_Shared):
 
     def run(self, directory: Path, track: _records.Track) -> "RenderableType":
         """Writes runs.jsonl, paths.jsonl, table.md and arm.png into `directory`; returns the table."""
-        self.complete(directory, track, {method: [(1e-2, 1e-2)] for method in arm.METHODS})
+        self.complete(directory, track)
         return self.report(directory)
 
 
@@ -140,7 +138,7 @@ class CompareArm(_Shared):
 
     def run(self, directory: Path, track: _records.Track) -> "RenderableType":
         """Adds what is missing to runs.jsonl and changes.jsonl, draws arm.png, returns the table (also table.md)."""
-        trained = self.complete(directory, track, TRIALS)
+        trained = self.complete(directory, track)
         for method in ("lagrangian", "aid-cg"):
             if method in self.methods:
                 self._change(directory, track, method, trained.get(method))
@@ -365,6 +363,8 @@ def _ratio(row: Row) -> str:
     values = [value for value in row.ratio.values() if np.isfinite(value)]
     if row.method == CONTROL or not values:
         return ""
+    if len(values) == 1:
+        return f"{values[0]:.3f}"
     lost = f", {len(values)} seeds" if len(values) < len(row.ratio) else ""
     return "{:.3f} [{:.3f}, {:.3f}]".format(*mean_interval(values)) + lost
 
