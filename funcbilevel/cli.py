@@ -7,6 +7,7 @@ from typing import Annotated, Any, Union
 
 from funcbilevel.tasks import (
     _records,
+    arm_commands,
     demand,
     fairness_commands,
     gates_commands,
@@ -28,6 +29,7 @@ COMMANDS: dict[str, tuple[str, dict[str, type[_records.Options]]]] = {
             "pendulum": rl_commands.RunPendulum,
             "fairness": fairness_commands.RunFairness,
             "gates": gates_commands.RunGates,
+            "arm": arm_commands.RunArm,
             "pathways": pathways_commands.RunPathways,
         },
     ),
@@ -39,6 +41,7 @@ COMMANDS: dict[str, tuple[str, dict[str, type[_records.Options]]]] = {
             "schooling": schooling_iv.CompareSchooling,
             "cartpole": rl_commands.CompareCartPole,
             "fairness": fairness_commands.CompareFairness,
+            "arm": arm_commands.CompareArm,
         },
     ),
 }
