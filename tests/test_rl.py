@@ -482,8 +482,9 @@ def test_compare_command(tmp_path, capsys):
 def test_compare_selects_by_the_mean_return_of_other_seeds(tmp_path, monkeypatch):
     trials = [{"inner_learning_rate": rate} for rate in (1e-3, 1e-2)]
     monkeypatch.setattr(rl, "trials", lambda method: trials)
-    args = ("compare", "cartpole", *TINY, "--model-widths", "3", "--methods", "mle", "--seeds", "1", "--select")
-    args = (*args, "--value-bound", "100", "--selection-steps", "1100", "--output-dir", str(tmp_path))
+    # As many seeds and steps in the runs as in the selection: the chosen trial's program serves both.
+    args = ("compare", "cartpole", *TINY, "--model-widths", "3", "--methods", "mle", "--seeds", "3", "--select")
+    args = (*args, "--value-bound", "100", "--selection-steps", "1040", "--output-dir", str(tmp_path))
     cli.main(args)
     tried = list(_records.read(tmp_path / "selection.jsonl"))
     assert [r["seed"] for r in tried] == 2 * list(rl_commands.SELECTION_SEEDS)
@@ -494,10 +495,11 @@ def test_compare_selects_by_the_mean_return_of_other_seeds(tmp_path, monkeypatch
         for rate in (1e-3, 1e-2)
     }  # fmt: skip
     assert mean[1e-3] != mean[1e-2]
-    (record,) = _records.read(tmp_path / "runs.jsonl")
-    assert record["settings"]["inner_learning_rate"] == max(mean, key=mean.__getitem__)
-    assert record["settings"]["value_bound"] == 100.0
-    assert record["settings"]["steps"] == 1040
+    records = list(_records.read(tmp_path / "runs.jsonl"))
+    assert [record["seed"] for record in records] == [0, 1, 2]
+    for record in records:
+        assert record["settings"]["inner_learning_rate"] == max(mean, key=mean.__getitem__)
+        assert record["settings"]["value_bound"] == 100.0
     before = (tmp_path / "selection.jsonl").read_text()
     cli.main(args)  # nothing is left to do
     assert (tmp_path / "selection.jsonl").read_text() == before
