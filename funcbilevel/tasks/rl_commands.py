@@ -416,6 +416,7 @@ def draw(rows: list[Row], path: Path, task: str) -> None:
     """Evaluation return, outer and inner objective by environment step: a column per length and width, as a PNG."""
     from matplotlib import rc_context  # noqa: PLC0415
     from matplotlib.figure import Figure  # noqa: PLC0415
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter  # noqa: PLC0415
 
     panels = sorted({_panel(row) for row in rows})
     with rc_context(STYLE):
@@ -438,6 +439,8 @@ def draw(rows: list[Row], path: Path, task: str) -> None:
             steps, width = panel
             grid[0, column].set(title=f"{task}: model width {width}, {steps:,} steps, {shown[0].seeds} seeds")
             grid[2, column].set(xlabel="Environment steps")
+            grid[2, column].xaxis.set_major_locator(MaxNLocator(5))
+            grid[2, column].xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
             for axes in grid[1:, column]:
                 axes.set_yscale("log")
         grid[0, 0].set(ylabel="Evaluation return\n(IQM, 95% interval; mean dotted)")
