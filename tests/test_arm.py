@@ -6,9 +6,11 @@ import jax
 import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from scipy.integrate import solve_ivp
 
+import funcbilevel as fb
 from funcbilevel import cli
 from funcbilevel.tasks import _records, arm, arm_commands
 from funcbilevel.tasks.arm import Arm, Hyper, Setting
@@ -375,3 +377,22 @@ def test_bad_options(tmp_path, args, message):
     with pytest.raises(SystemExit, match=message):
         cli.main([*args, "--output-dir", str(tmp_path / "run")])
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("broken", [0.0, jnp.nan])
+def test_a_weighted_reward_that_is_not_finite_moves_nobody(broken):
+    shift = broken * jnp.ones(2)
+    game = arm.Game(
+        fb.ParametricProblem(lambda w, t, batch: jnp.sum((w + t - 1 + shift) ** 2), lambda w, t, batch: jnp.sum(w**2)),
+        arm.Setting(),
+        optax.sgd(0.1),
+        optax.sgd(0.2),
+    )
+    solver = arm.weighted_reward(game)
+    before = solver.init(jax.random.key(0), jnp.zeros(2), None, jnp.zeros(2))
+    after, metrics = jax.jit(solver.step)(before, None, None)
+    assert bool(metrics["outer_finite"]) is (broken == 0)
+    moved = 0.2 if broken == 0 else 0.0
+    np.testing.assert_allclose(after.outer_params, [moved, moved], rtol=1e-6)
+    np.testing.assert_allclose(after.inner_params, [2 * moved, 2 * moved], rtol=1e-6)
+    assert after.step == 1

@@ -9,7 +9,7 @@ from sklearn.metrics import roc_auc_score
 
 import funcbilevel as fb
 from funcbilevel import cli
-from funcbilevel.tasks import _records, fairness, pathways, pathways_commands
+from funcbilevel.tasks import _records, _statistics, pathways, pathways_commands
 from funcbilevel.tasks.pathways import Design, Hyper, Rows, Setting
 
 SMALL = Design(4, 3, 1, 2, 4, 2, num_train=80, num_validation=60, num_test=100)
@@ -183,7 +183,7 @@ def test_front_is_chosen_on_validation():
     assert pathways_commands.front(outcome).tolist() == [True, True, False]  # the best on test is not chosen
     volume = pathways_commands.volumes(outcome)
     assert volume == pytest.approx(0.3 * 0.5 + 0.2 * 0.5)
-    assert volume == pytest.approx(fairness.hypervolume(np.array([[0.8, 0.5], [0.7, 1.0]]), (0.5, 0.0)))
+    assert volume == pytest.approx(_statistics.hypervolume(np.array([[0.8, 0.5], [0.7, 1.0]]), (0.5, 0.0)))
 
 
 # Commands.

@@ -27,7 +27,7 @@ import numpy as np
 import optax
 
 import funcbilevel as fb
-from funcbilevel.tasks.fairness import pareto_front
+from funcbilevel.tasks._statistics import pareto_front
 
 # The arm: two uniform rods in an inclined plane, a point mass at the end. q are the angles of the shoulder, from the
 # horizontal, and of the elbow, from the upper arm; [2] everywhere.
@@ -340,7 +340,10 @@ def _sequential(game: Game, estimator: fb.Estimator) -> fb.BilevelSolver:
 
 
 def weighted_reward(game: Game) -> fb.BilevelSolver:
-    """Both players descend the inner objective, tracking + w (energy + intrusion), at once, on the outer batch."""
+    """Both players descend the inner objective, tracking + w (energy + intrusion), at once, on the outer batch.
+
+    A step whose objective or gradient is not finite moves nobody; `outer_finite` says so.
+    """
 
     def init(key: Any, outer_params: Any, inner_batch: Any, inner_params: Any = None) -> fb.BilevelState:
         del inner_batch
@@ -372,7 +375,9 @@ def weighted_reward(game: Game) -> fb.BilevelSolver:
             outer_opt_state=outer_opt_state,
             inner_opt_state=inner_opt_state,
         )
-        return new, {"outer_objective": value, "inner_objective": value}
+        well = jnp.isfinite(value) & jnp.isfinite(optax.tree.norm((g_omega, g_theta)))
+        new = jax.tree.map(lambda after, before: jnp.where(well, after, before), new, state._replace(step=new.step))
+        return new, {"outer_objective": value, "inner_objective": value, "outer_finite": well}
 
     def run(state: fb.BilevelState, inner_batches: Any, outer_batches: Any) -> tuple[fb.BilevelState, Any]:
         return jax.lax.scan(lambda s, batches: step(s, *batches), state, (inner_batches, outer_batches))

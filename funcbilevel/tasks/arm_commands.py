@@ -5,7 +5,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ import numpy as np
 
 from funcbilevel.tasks import _records, arm
 from funcbilevel.tasks._figures import STYLE
-from funcbilevel.tasks._statistics import bootstrap_interval
+from funcbilevel.tasks._statistics import mean_interval
 from funcbilevel.tasks.arm import Hyper, Setting
 
 if TYPE_CHECKING:
@@ -210,15 +210,6 @@ SHOWN = 4
 
 
 # What is shown of them.
-
-Interval: TypeAlias = tuple[float, float, float]
-"""(mean, low, high)."""
-
-
-def mean_interval(sample: Sequence[float]) -> Interval:
-    """The mean and its 95% bootstrap interval."""
-    array = np.array(sample)
-    return float(array.mean()), *bootstrap_interval(array, np.mean)
 
 
 def _values(record: Mapping[str, Any]) -> dict[str, float]:

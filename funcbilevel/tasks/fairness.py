@@ -52,6 +52,7 @@ import optax
 from flax import linen
 
 import funcbilevel as fb
+from funcbilevel.tasks._statistics import hypervolume, pareto_front
 from funcbilevel.tasks.fairness_data import Batch, Dataset, Graph
 
 # What a group gets. `groups` are the numbers of one attribute's groups, `weight` picks the rows that count.
@@ -1048,23 +1049,6 @@ CURVES = ("epoch", "accuracy", "dp_gap", "dp_gap_soft", "eo_gap", "outer_objecti
 
 
 # Accuracy against fairness.
-
-
-def pareto_front(points: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Which of the points, [n, 2], both coordinates to be large, no other point dominates, [n] bool."""
-    x, y = points.T
-    dominates = (x >= x[:, None]) & (y >= y[:, None]) & ((x > x[:, None]) | (y > y[:, None]))
-    return ~np.max(dominates, axis=1)
-
-
-def hypervolume(points: np.ndarray[Any, Any], reference: tuple[float, float] = (0.0, 0.0)) -> float:
-    """Area that the points, [n, 2], both coordinates to be large, dominate above the reference point."""
-    area, height = 0.0, reference[1]
-    for x, y in sorted(points.tolist(), reverse=True):
-        if x > reference[0] and y > height:
-            area += (x - reference[0]) * (y - height)
-            height = y
-    return area
 
 
 PARITY = ("dp_gap",)

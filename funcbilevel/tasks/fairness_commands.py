@@ -14,14 +14,12 @@ import numpy as np
 import funcbilevel as fb
 from funcbilevel.tasks import _records, fairness, fairness_data
 from funcbilevel.tasks._figures import STYLE
-from funcbilevel.tasks._statistics import bootstrap_interval
+from funcbilevel.tasks._statistics import Interval, hypervolume, mean_interval, pareto_front
 from funcbilevel.tasks.fairness import Hyper, Loss, Setting
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-Interval: TypeAlias = tuple[float, float, float]
-"""(mean, low, high)."""
 Data: TypeAlias = Literal["synthetic", "adult", "health", "nba"]
 COLOURS = {
     "single-objective": "0.35",
@@ -594,12 +592,6 @@ class Row(NamedTuple):
     above_difference: Interval | None
 
 
-def mean_interval(sample: Sequence[float]) -> Interval:
-    """The mean and its 95% bootstrap interval."""
-    array = np.array(sample)
-    return float(array.mean()), *bootstrap_interval(array, np.mean)
-
-
 def label(record: _records.Record) -> str:
     """Method and update of a record."""
     return label_of(record["method"], record["settings"])
@@ -685,7 +677,7 @@ def _score(
     """Validation accuracy less validation gap, the mean over the seeds; above a reference point, their area."""
     values = [_values(record) for record in runs if _trial(record) == trial]
     means = np.mean(fairness.points(values, "validation_", gaps), axis=0)
-    return float(np.sum(means)) if point is None else fairness.hypervolume(means[None], point)
+    return float(np.sum(means)) if point is None else hypervolume(means[None], point)
 
 
 def _difference(volumes: Mapping[str, tuple[dict[int, float], ...]], name: str, which: int) -> Interval | None:
@@ -825,7 +817,7 @@ def draw_comparison(
             points = fairness.points([_values(record) for record in of_name], gaps=gaps)
             trials = [_trial(record) for record in of_name]
             means = np.array([points[[t == trial for t in trials]].mean(axis=0) for trial in dict.fromkeys(trials)])
-            best = fairness.pareto_front(means)
+            best = pareto_front(means)
             line = means[best][np.argsort(means[best][:, 1])]
             lows.append(float(np.min(line[:, 0])))
             colour = COLOURS[name]

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from funcbilevel.tasks import _records, fairness, gates
+from funcbilevel.tasks import _records, gates
 from funcbilevel.tasks._figures import STYLE
-from funcbilevel.tasks._statistics import bootstrap_interval
-from funcbilevel.tasks.fairness_commands import Interval, mean_interval
+from funcbilevel.tasks._statistics import Interval, bootstrap_interval, mean_interval, pareto_front
 from funcbilevel.tasks.gates import Array, Hyper, Setting, Table
 
 if TYPE_CHECKING:
@@ -322,7 +321,7 @@ def draw(selections: Sequence[Selection], rows: Sequence[Row], table: Table, pat
         for of in selections[1:]:
             colour, counts = COLOURS[of.method], of.counts.mean(axis=0)
             accuracy = 100 * of.test.mean(axis=0)
-            front = fairness.pareto_front(np.stack([of.validation.mean(axis=0), -counts], axis=1))
+            front = pareto_front(np.stack([of.validation.mean(axis=0), -counts], axis=1))
             order = np.flatnonzero(front)[np.argsort(counts[front])]
             plane.scatter(counts, accuracy, s=12, color=colour, alpha=0.45, lw=0)
             plane.plot(counts[order], accuracy[order], color=colour, lw=1.3, marker="o", ms=3.5, label=of.method)

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from funcbilevel.tasks import _records, fairness, pathways
+from funcbilevel.tasks import _records, pathways
 from funcbilevel.tasks._figures import STYLE
-from funcbilevel.tasks.fairness_commands import Interval, mean_interval
+from funcbilevel.tasks._statistics import Interval, hypervolume, mean_interval, pareto_front
 from funcbilevel.tasks.pathways import Array, Design, Hyper, Setting
 
 if TYPE_CHECKING:
@@ -167,13 +167,13 @@ class Row(NamedTuple):
 def front(of: Outcome, seed: int | None = None) -> Array:
     """Which settings the validation part has on the front, [cells] bool; by one seed, or by the means over them."""
     pairs = np.stack([of.metrics["validation_accuracy"], of.metrics["validation_known_share"]], axis=-1)
-    return fairness.pareto_front(pairs.mean(axis=0) if seed is None else pairs[seed])
+    return pareto_front(pairs.mean(axis=0) if seed is None else pairs[seed])
 
 
 def volumes(of: Outcome) -> Array:
     """The test part's hypervolume of each seed's front, [seeds]."""
     pairs = np.stack([of.metrics["accuracy"], of.metrics["known_share"]], axis=-1)
-    return np.array([fairness.hypervolume(pairs[s][front(of, s)], (0.5, 0.0)) for s in range(len(pairs))])
+    return np.array([hypervolume(pairs[s][front(of, s)], (0.5, 0.0)) for s in range(len(pairs))])
 
 
 def summarise(outcomes: Sequence[Outcome]) -> list[Row]:
