@@ -170,6 +170,8 @@ def from_linen(
         if not train:
             return module.apply(variables, inputs, **kwargs), model_state
         streams = {} if key is None else {name: jax.random.fold_in(key, i) for i, name in enumerate(rngs)}
+        if not model_state:  # {}, or the () of a hypergradient that was given none
+            return module.apply(variables, inputs, rngs=streams, **kwargs), model_state
         prediction, updated = module.apply(variables, inputs, rngs=streams, mutable=list(model_state), **kwargs)
         # A collection that has grown was sown into. Dtypes stay as they came in: BatchNorm's statistics start in
         # float32 whatever the inputs are.
@@ -227,6 +229,7 @@ def from_nnx(
     called = _method("from_nnx", type(example), method)
     mode_kwargs = mode or _mode_from_signature(called)
     graphdef, own_params, streams, sown, own_state = split(example)
+    has_state = bool(jax.tree.leaves(own_state))
     stream_leaves, stream_structure = jax.tree.flatten(streams)
     stream_shapes = [(x.shape, x.dtype) for x in stream_leaves]
 
@@ -256,14 +259,15 @@ def from_nnx(
         key: Key | None = None,
     ) -> tuple[Prediction, ModelState]:
         # Through jax.tree.map, because modules write into their variables: these are new ones, the caller's stay.
-        variables = jax.tree.map(lambda x: x, (params, streams_from(key), sown, model_state))
+        state = model_state if has_state else own_state  # not the () of a hypergradient that was given none
+        variables = jax.tree.map(lambda x: x, (params, streams_from(key), sown, state))
         instance = nnx.merge(graphdef, *variables)
         instance.train() if train else instance.eval()
         call: Any = getattr(instance, method or "__call__")
         if hasattr(nnx, "capture"):  # of newer Flax, where `sow` warns outside of it
             call = nnx.capture(call)
         prediction = call(inputs, **mode_kwargs(train))
-        return prediction, split(instance)[4] if train else model_state
+        return prediction, split(instance)[4] if train and has_state else model_state
 
     return Model(init, apply)
 

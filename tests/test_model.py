@@ -270,6 +270,28 @@ def test_the_same_network_gives_the_same_hypergradient_through_every_adapter(nam
 INNER_STEPS = 4
 
 
+@pytest.mark.parametrize("kind", ["linen", "nnx"])
+@pytest.mark.parametrize("estimator", [fb.itd(2), fb.aid(fb.cg(2))], ids=["itd", "aid"])
+def test_a_model_without_state_needs_none_for_a_hypergradient(x64: None, kind: str, estimator: fb.Estimator) -> None:
+    module = adapters(stateful=False)[kind]
+    inner, outer = jax.tree.map(lambda x: x.astype(jnp.float64), batches())
+
+    def gradient(**state: Any) -> Any:
+        return fb.hypergradient(
+            PROBLEM,
+            module.model,
+            estimator,
+            omega,
+            module.params,
+            inner,
+            outer,
+            inner_optimizer=optax.sgd(0.1),
+            **state,
+        ).gradient
+
+    chex.assert_trees_all_equal(gradient(), gradient(model_state=module.model_state))
+
+
 def witness() -> fb.Model:
     """A linear model whose state counts the train-mode calls and remembers what each one's key drew.
 
