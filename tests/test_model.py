@@ -281,7 +281,7 @@ def test_a_model_without_state_needs_none_for_a_hypergradient(x64: None, kind: s
             PROBLEM,
             module.model,
             estimator,
-            omega,
+            OMEGA,
             module.params,
             inner,
             outer,
