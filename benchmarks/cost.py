@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from cost_models import INPUTS, PROBLEM, batches, inner_objective, network, outer_objective, perceptron
+from cost_models import INPUTS, PROBLEM, Network, batches, inner_objective, network, outer_objective, perceptron
 from turns import times_in_turns
 
 import funcbilevel as fb
@@ -157,6 +157,22 @@ def floor(
     return run
 
 
+def solver_of(
+    cell: Cell, net: Network, method: str, outer_optimizer: optax.GradientTransformation
+) -> tuple[fb.Estimator, fb.BilevelSolver]:
+    """A method's estimator and its solver in a cell."""
+    estimator = estimators(net.features, OPTIMIZER, cell.steps)[method]
+    solver = fb.bilevel(
+        PROBLEM,
+        net.model,
+        estimator,
+        inner_optimizer=OPTIMIZER,
+        outer_optimizer=outer_optimizer,
+        inner_steps=cell.steps,
+    )
+    return estimator, solver
+
+
 def call(cell: Cell, what: str, method: str) -> tuple[Callable[..., Any], Callable[[], tuple[Any, ...]]]:
     """A function, and a function that makes its arguments (or, under `jax.eval_shape`, their shapes)."""
     net = network(cell.model, cell.depth, cell.width, cell.outputs)
@@ -180,15 +196,7 @@ def call(cell: Cell, what: str, method: str) -> tuple[Callable[..., Any], Callab
 
         return floor(net.model, OPTIMIZER, steps if what == "step" else 0, steps), floor_arguments
 
-    estimator = estimators(net.features, OPTIMIZER, steps)[method]
-    solver = fb.bilevel(
-        PROBLEM,
-        net.model,
-        estimator,
-        inner_optimizer=OPTIMIZER,
-        outer_optimizer=optax.sgd(1e-3),
-        inner_steps=steps,
-    )
+    estimator, solver = solver_of(cell, net, method, optax.sgd(1e-3))
 
     def step_arguments() -> tuple[Any, ...]:
         inner, outer = data()
@@ -319,15 +327,7 @@ def seeds_records(
     stacked = jax.tree.map(lambda x: jnp.broadcast_to(x, (outer_steps, *x.shape)), (inner, outer))
     keys = jax.random.split(jax.random.key(0), num_seeds)
     for method in methods:
-        estimator = estimators(net.features, OPTIMIZER, cell.steps)[method]
-        solver = fb.bilevel(
-            PROBLEM,
-            net.model,
-            estimator,
-            inner_optimizer=OPTIMIZER,
-            outer_optimizer=optax.adam(1e-2),
-            inner_steps=cell.steps,
-        )
+        _, solver = solver_of(cell, net, method, optax.adam(1e-2))
         states = jax.vmap(lambda key, s=solver: s.init(key, jnp.zeros((INPUTS, 1)), inner))(keys)
         run = jax.jit(solver.run)
         single = [jax.tree.map(lambda x, i=i: x[i], states) for i in range(num_seeds)]

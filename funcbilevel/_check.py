@@ -102,9 +102,15 @@ def check_setup(function: str, problem: Any, model: Any, estimator: Any) -> None
             f"{function}: model must be an fb.Model with a FunctionalProblem, got None; make one with "
             "fb.from_function, fb.from_linen or fb.from_nnx."
         )
-    elif not isinstance(model, Model):
+    else:
+        check_is_model(function, "model", model)
+
+
+def check_is_model(function: str, argument: str, model: Any) -> None:
+    """That it is a `Model`, and not the module or function that one is made of."""
+    if not isinstance(model, Model):
         raise TypeError(
-            f"{function}: model must be an fb.Model, got {type(model).__name__}; wrap it with fb.from_linen, "
+            f"{function}: {argument} must be an fb.Model, got {type(model).__name__}; wrap it with fb.from_linen, "
             "fb.from_nnx or fb.from_function."
         )
 

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from funcbilevel._check import check_is_model
 from funcbilevel._model import Model
 from funcbilevel._typing import Inputs, Key, ModelState, Prediction, PyTree
 
@@ -34,11 +35,7 @@ def mixed_precision(model: Model, dtype: Any = jnp.bfloat16) -> Model:
     References:
         Micikevicius et al., *Mixed Precision Training*, ICLR 2018, https://arxiv.org/abs/1710.03740
     """
-    if not isinstance(model, Model):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(
-            f"mixed_precision: model must be an fb.Model, got {type(model).__name__}; wrap it with fb.from_linen, "
-            "fb.from_nnx or fb.from_function."
-        )
+    check_is_model("mixed_precision", "model", model)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"mixed_precision: dtype must be floating, for example jnp.bfloat16, got {dtype!r}.")
 

@@ -2,7 +2,7 @@
 
 import jax
 
-from funcbilevel._check import check_at_least, check_number
+from funcbilevel._check import check_at_least, check_is_model, check_number
 from funcbilevel._model import LinearHead, Model
 from funcbilevel._ridge import ridge_solution
 from funcbilevel._typing import LinearMap
@@ -48,11 +48,7 @@ def variable_projection(features: Model, num_outputs: int, ridge: float = 0.0, n
         https://arxiv.org/abs/2010.07154 (DFIV).
     """
     name = "variable_projection"
-    if not isinstance(features, Model):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(
-            f"{name}: features must be an fb.Model, got {type(features).__name__}; wrap it with fb.from_linen, "
-            "fb.from_nnx or fb.from_function."
-        )
+    check_is_model(name, "features", features)
     if features.head is not None:
         raise ValueError(f"{name}: features has a linear head already; pass the model that was given to it.")
     check_number(name, "num_outputs", num_outputs)

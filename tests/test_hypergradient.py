@@ -679,6 +679,25 @@ def test_cold_start_begins_anew(x64):
     chex.assert_trees_all_equal(parts(first), parts(estimate(case, cold, state=first.state)))
 
 
+@pytest.mark.parametrize("name", [*SOLVERS, "gradient-descent-1", "gradient-descent-3"])
+def test_a_cold_start_is_a_start_at_zero(x64, name):
+    """Solvers may save the product with a start at zero, and do as many steps."""
+    case = build("logistic-ridge")
+    step = 0.5 / largest_eigenvalue(case)
+    few = {
+        "cg": fb.cg(2),
+        "normal-cg": fb.normal_cg(2),
+        "gmres": fb.gmres(2),
+        "neumann": fb.neumann(3, step),
+        "gradient-descent-1": fb.gradient_descent(1, step),
+        "gradient-descent-3": fb.gradient_descent(3, step),
+    }
+    solver = few.get(name) or SOLVERS[name](0.0, step)
+    cold, zero = (estimate(case, fb.aid(solver, warm_start=warm)) for warm in (False, True))
+    assert cold.state == ()
+    assert_close(parts(cold), parts(zero), 1e-12)
+
+
 def test_gradient_descent_goes_on_and_neumann_does_not(x64):
     case = build("logistic-ridge")
     step = 0.5 / largest_eigenvalue(case)

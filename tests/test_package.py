@@ -30,13 +30,13 @@ SHORT = [name.removeprefix("funcbilevel.") for name in MODULES]
 LAYERS = [
     {"_typing"},
     {"_tree", "_model"},
-    {"_partition", "_precision"},
+    {"_partition"},
     {"_problem", "_fit"},
     {"_estimator"},
     {"_check"},
     {"_linear_solvers", "_features"},
     {"_ridge"},
-    {"_variable_projection"},
+    {"_variable_projection", "_precision"},
 ]
 LOOP = {"_bilevel", "_cost", "_train"}
 SHARED = {m for m in SHORT if m.startswith("_estimators._")}  # what several estimators are made of

@@ -481,7 +481,7 @@ def test_compare_command(tmp_path, capsys):
 
 def test_compare_selects_by_the_mean_return_of_other_seeds(tmp_path, monkeypatch):
     trials = [{"inner_learning_rate": rate} for rate in (1e-3, 1e-2)]
-    monkeypatch.setattr(rl, "trials", lambda method: trials)
+    monkeypatch.setitem(rl.METHODS, "mle", rl.METHODS["mle"]._replace(trials=trials))
     # As many seeds and steps in the runs as in the selection: the chosen trial's program serves both.
     args = ("compare", "cartpole", *TINY, "--model-widths", "3", "--methods", "mle", "--seeds", "3", "--select")
     args = (*args, "--value-bound", "100", "--selection-steps", "1040", "--output-dir", str(tmp_path))
@@ -507,7 +507,7 @@ def test_compare_selects_by_the_mean_return_of_other_seeds(tmp_path, monkeypatch
 
 @pytest.mark.parametrize("method", rl.METHODS)
 def test_every_method_has_as_many_trials(method):
-    trials = rl.trials(method)
+    trials = rl.METHODS[method].trials
     assert len(trials) == 6
     assert len({str(trial) for trial in trials}) == 6
     assert all(rl.Setting()._replace(**trial) for trial in trials)

@@ -10,11 +10,14 @@ from datetime import datetime
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, ClassVar, TypeAlias, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypedDict
 
 import jax
 
 import funcbilevel as fb
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 Track: TypeAlias = Callable[[str, int], Callable[[Any, Mapping[str, Any]], None]]
 """`(label, number of outer steps) -> callback` for `fb.train`: shows one solve's progress."""
@@ -103,6 +106,21 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
+def terminal_table(
+    header: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None, left: Sequence[str] = ("method",)
+) -> "Table":
+    """The same for a terminal, numbers flush right: all columns but those named in `left`."""
+    from rich import box  # noqa: PLC0415
+    from rich.table import Table  # noqa: PLC0415
+
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, title=title, title_justify="left", padding=(0, 1, 0, 0))
+    for name in header:
+        table.add_column(name, justify="left" if name in left else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
 @dataclass(frozen=True)
 class Options:
     """The options that every task has; a task adds its own and `run`."""
@@ -110,6 +128,9 @@ class Options:
     task: ClassVar[str]
     resumable: ClassVar[bool] = False
     """Whether a run may go on in the directory of an earlier one with the same settings."""
+    beside: ClassVar[tuple[str, ...]] = ()
+    """Options that are no settings: they say where data are, or how many runs there are to be, and a longer run may
+    go on from a shorter."""
     seed: int = 0
     """Seed of all random numbers."""
     output_dir: Path | None = None
@@ -130,7 +151,14 @@ class Options:
 
     def settings(self) -> dict[str, Any]:
         """The options that decide the numbers."""
-        return {name: value for name, value in asdict(self).items() if name not in ("output_dir", "progress")}
+        others = ("output_dir", "progress", *self.beside)
+        return {name: value for name, value in asdict(self).items() if name not in others}
+
+    def check_counts(self, *names: str) -> None:
+        """Raises a ValueError if one of these options is given and below 1."""
+        for name in names:
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}.")
 
 
 def run_directory(options: Options) -> Path:

@@ -28,6 +28,7 @@ import optax
 
 import funcbilevel as fb
 from funcbilevel.tasks._statistics import pareto_front
+from funcbilevel.tasks._training import cosine, finite, move, solver_of_step
 
 # The arm: two uniform rods in an inclined plane, a point mass at the end. q are the angles of the shoulder, from the
 # horizontal, and of the elbow, from the upper arm; [2] everywhere.
@@ -345,19 +346,6 @@ def weighted_reward(game: Game) -> fb.BilevelSolver:
     A step whose objective or gradient is not finite moves nobody; `outer_finite` says so.
     """
 
-    def init(key: Any, outer_params: Any, inner_batch: Any, inner_params: Any = None) -> fb.BilevelState:
-        del inner_batch
-        return fb.BilevelState(
-            step=jnp.zeros((), jnp.int32),
-            outer_params=outer_params,
-            inner_params=inner_params,
-            model_state=(),
-            inner_opt_state=game.follower_optimizer.init(inner_params),
-            outer_opt_state=game.leader_optimizer.init(outer_params),
-            estimator_state=(),
-            key=key,
-        )
-
     def step(
         state: fb.BilevelState, inner_batch: Any, outer_batch: Episodes
     ) -> tuple[fb.BilevelState, dict[str, jax.Array]]:
@@ -366,23 +354,19 @@ def weighted_reward(game: Game) -> fb.BilevelSolver:
         value, (g_omega, g_theta) = jax.value_and_grad(game.problem.inner_objective, argnums=(0, 1))(
             omega, theta, outer_batch
         )
-        updates, outer_opt_state = game.leader_optimizer.update(g_omega, state.outer_opt_state, omega)
-        follower_updates, inner_opt_state = game.follower_optimizer.update(g_theta, state.inner_opt_state, theta)
+        well = finite(value, (g_omega, g_theta))
+        omega, outer_opt_state = move(game.leader_optimizer, g_omega, state.outer_opt_state, omega, well)
+        theta, inner_opt_state = move(game.follower_optimizer, g_theta, state.inner_opt_state, theta, well)
         new = state._replace(
             step=state.step + 1,
-            outer_params=optax.apply_updates(omega, updates),
-            inner_params=optax.apply_updates(theta, follower_updates),
+            outer_params=omega,
+            inner_params=theta,
             outer_opt_state=outer_opt_state,
             inner_opt_state=inner_opt_state,
         )
-        well = jnp.isfinite(value) & jnp.isfinite(optax.tree.norm((g_omega, g_theta)))
-        new = jax.tree.map(lambda after, before: jnp.where(well, after, before), new, state._replace(step=new.step))
         return new, {"outer_objective": value, "inner_objective": value, "outer_finite": well}
 
-    def run(state: fb.BilevelState, inner_batches: Any, outer_batches: Any) -> tuple[fb.BilevelState, Any]:
-        return jax.lax.scan(lambda s, batches: step(s, *batches), state, (inner_batches, outer_batches))
-
-    return fb.BilevelSolver(init, step, run)
+    return solver_of_step(game.leader_optimizer, game.follower_optimizer, step)
 
 
 def _aid_cg(game: Game) -> fb.BilevelSolver:
@@ -415,11 +399,9 @@ def init_players(key: jax.Array, method: str, setting: Setting) -> tuple[Any, An
 
 
 def _adam(rate: Any, steps: Any) -> optax.GradientTransformation:
-    def schedule(count: Any) -> Any:
-        return rate * 0.5 * (1 + jnp.cos(jnp.pi * jnp.minimum(count / steps, 1.0)))
-
     # eps_root: `itd` differentiates the root of a second moment.
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, eps_root=1e-16))
+    adam = optax.adam(lambda count: rate * cosine(count, steps), eps_root=1e-16)
+    return optax.chain(optax.clip_by_global_norm(1.0), adam)
 
 
 class Program(NamedTuple):

@@ -52,6 +52,7 @@ RATES = (3e-3, 1e-2)
 @dataclass(frozen=True)
 class _Shared(_records.Options):
     resumable = True
+    beside = ("seed", "seeds", "methods")
     methods: tuple[str, ...] = (CONTROL, "aid-cg")
     """Among lagrangian (the weighted reward), leader-only (the same, one network), alternating, aid-cg, itd."""
     seeds: int = 1
@@ -65,17 +66,10 @@ class _Shared(_records.Options):
 
     def check(self) -> None:
         """Raises a ValueError that names an option out of range."""
-        for name in ("seeds", "updates", "inner_steps", "width"):
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}.")
+        self.check_counts("seeds", "updates", "inner_steps", "width")
         if not self.methods or not set(self.methods) <= arm.METHODS.keys():
             got = ", ".join(self.methods) or "none"
             raise ValueError(f"--methods must be among {', '.join(arm.METHODS)}, got {got}.")
-
-    def settings(self) -> dict[str, Any]:
-        """The options that decide the numbers, and not how many there are: a longer run may go on from a shorter."""
-        counts = ("seed", "seeds", "methods")
-        return {name: value for name, value in super().settings().items() if name not in counts}
 
     @property
     def setting(self) -> Setting:
@@ -392,17 +386,7 @@ def markdown(rows: Sequence[Row], changed: Sequence[Changed]) -> str:
 
 
 def _table(rows: Sequence[Row], changed: Sequence[Changed]) -> "RenderableType":
-    from rich import box  # noqa: PLC0415
     from rich.console import Group  # noqa: PLC0415
-    from rich.table import Table  # noqa: PLC0415
-
-    def filled(names: Sequence[str], lines: Sequence[tuple[str, ...]]) -> Table:
-        table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-        for name in names:
-            table.add_column(name, justify="left" if name in ("method", "change") else "right", no_wrap=True)
-        for line in lines:
-            table.add_row(*line)
-        return table
 
     note = (
         "Test episodes, on fronts that validation chose. energy: at equal tracking over that of lagrangian (the "
@@ -411,7 +395,7 @@ def _table(rows: Sequence[Row], changed: Sequence[Changed]) -> "RenderableType":
         "switched off. table.md has more."
     )
     parts: list[Any] = [
-        filled(
+        _records.terminal_table(
             ("method", "energy ratio", "at 3 cm", "inside", "alone"),
             [(line[0], *line[4:8]) for line in map(_cells, rows)],
         ),
@@ -420,7 +404,8 @@ def _table(rows: Sequence[Row], changed: Sequence[Changed]) -> "RenderableType":
     ]
     if changed:
         lines = list(map(_change_cells, changed))
-        parts += ["", filled(("change", "method", "steps", "before", "follower", "both", "ratio"), lines), ""]
+        header = ("change", "method", "steps", "before", "follower", "both", "ratio")
+        parts += ["", _records.terminal_table(header, lines, left=("change", "method")), ""]
         after = "Weighted cost after training again for so many steps: the follower alone, or both players."
         parts.append(textwrap.fill(after, 78))
     return Group(*parts)

@@ -390,6 +390,7 @@ class Compare(_records.Options):
     """What the commands that compare methods on a table over seeds have in common."""
 
     resumable = True
+    beside = ("seed", "seeds", "methods")
     setting: ClassVar[Setting] = Setting()
     """What all methods have in common on these data."""
     metric: ClassVar[str]
@@ -401,16 +402,11 @@ class Compare(_records.Options):
 
     def check(self) -> None:
         """Raises a ValueError that names an option out of range."""
-        if self.seeds < 1:
-            raise ValueError(f"--seeds must be at least 1, got {self.seeds}.")
+        self.check_counts("seeds")
         unknown = [method for method in self.methods if method not in METHODS]
         if unknown or len(set(self.methods)) < max(1, len(self.methods)):
             got = ", ".join(self.methods) or "none"
             raise ValueError(f"--methods must be among {', '.join(METHODS)}, each once, got {got}.")
-
-    def settings(self) -> dict[str, Any]:
-        """The options that decide the numbers, and not how many there are."""
-        return {name: value for name, value in super().settings().items() if name not in ("seed", "seeds", "methods")}
 
     def data(self, seed: int) -> Data:
         """The data of a seed."""

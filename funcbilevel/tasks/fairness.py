@@ -53,6 +53,7 @@ from flax import linen
 
 import funcbilevel as fb
 from funcbilevel.tasks._statistics import hypervolume, pareto_front
+from funcbilevel.tasks._training import finite, move, solver_of_step
 from funcbilevel.tasks.fairness_data import Batch, Dataset, Graph
 
 # What a group gets. `groups` are the numbers of one attribute's groups, `weight` picks the rows that count.
@@ -621,24 +622,6 @@ Weights: TypeAlias = tuple[Any, Any]
 """Of cross entropy and unfairness in a player's objective."""
 
 
-def finite(value: jax.Array, gradient: Any) -> jax.Array:
-    """Scalar bool: neither an objective nor its gradient holds NaN or inf, nor do the gradient's squares overflow.
-
-    Adam's step and state are then finite. XLA makes one loop of a step and its condition if the condition comes first;
-    to look for NaN in what the step has made costs a quarter more time for a whole step of this task's networks.
-    """
-    return jnp.isfinite(value) & jnp.isfinite(optax.tree.norm(gradient))
-
-
-def move(
-    optimizer: optax.GradientTransformation, gradient: Any, state: Any, params: Any, condition: jax.Array
-) -> tuple[Any, Any]:
-    """(parameters, optimizer state) after one step, or as they were if the condition is false."""
-    updates, new_state = optimizer.update(gradient, state, params)
-    new = optax.apply_updates(params, updates), new_state
-    return jax.tree.map(partial(jnp.where, condition), new, (params, state))
-
-
 def simultaneous(game: Game, leader: Weights, follower: Weights | None) -> fb.BilevelSolver:
     """Both players move at once, each by the gradient of its own objective in its own parameters.
 
@@ -646,19 +629,6 @@ def simultaneous(game: Game, leader: Weights, follower: Weights | None) -> fb.Bi
     one objective. The follower sees the leader's batch. With None it stays where it is. NaN and inf are kept out and
     reported as `fb.bilevel` does: a level that breaks does not move, and the leader moves only if both levels are well.
     """
-
-    def init(key: Any, outer_params: Any, inner_batch: Any, inner_params: Any = None) -> fb.BilevelState:
-        del inner_batch
-        return fb.BilevelState(
-            step=jnp.zeros((), jnp.int32),
-            outer_params=outer_params,
-            inner_params=inner_params,
-            model_state=(),
-            inner_opt_state=game.follower_optimizer.init(inner_params),
-            outer_opt_state=game.leader_optimizer.init(outer_params),
-            estimator_state=(),
-            key=key,
-        )
 
     def step(
         state: fb.BilevelState, inner_batch: Batch, outer_batch: Batch
@@ -705,10 +675,7 @@ def simultaneous(game: Game, leader: Weights, follower: Weights | None) -> fb.Bi
         )
         return new, metrics
 
-    def run(state: fb.BilevelState, inner_batches: Any, outer_batches: Any) -> tuple[fb.BilevelState, Any]:
-        return jax.lax.scan(lambda s, batches: step(s, *batches), state, (inner_batches, outer_batches))
-
-    return fb.BilevelSolver(init, step, run)
+    return solver_of_step(game.leader_optimizer, game.follower_optimizer, step)
 
 
 def _alternating(game: Game) -> fb.BilevelSolver:

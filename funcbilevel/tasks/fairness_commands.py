@@ -47,6 +47,7 @@ def _known(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Shared(_records.Options):
+    beside = ("data",)
     dataset: Data = "synthetic"
     """Drawn by scikit-learn, UCI Adult, Heritage Health, or the NBA graph."""
     data: Path | None = None
@@ -66,9 +67,6 @@ class _Shared(_records.Options):
         """Raises a ValueError that names an option out of range."""
         if self.data is not None and not self.data.exists():
             raise ValueError(f"--data: there is no {self.data}.")
-        for name in ("num_epochs", "batch_size", "seeds", "chunk", "inner_steps", "etas"):
-            if (value := getattr(self, name, None)) is not None and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}.")
         if self.attributes != ("sex",) and self.dataset != "adult":
             raise ValueError(f"--attributes are those of adult, got {self.attributes} with --dataset {self.dataset}.")
         if self.label != "income" and self.dataset != "adult":
@@ -106,8 +104,8 @@ class _Shared(_records.Options):
         return setting if classes == 2 or widths[-1:] != (1,) else setting._replace(**{last: (*widths[:-1], classes)})
 
     def settings(self) -> dict[str, Any]:
-        """The options that decide the numbers; not where the data are."""
-        return {name: value for name, value in _known(super().settings()).items() if name != "data"}
+        """The options that decide the numbers; none that is younger than the records and at its default."""
+        return _known(super().settings())
 
     def status(self, metrics: Mapping[str, Any]) -> str:
         """Accuracy and gap on the test part."""
@@ -176,6 +174,7 @@ class RunFairness(_Shared):
     def check(self) -> None:
         """Raises a ValueError that names an option out of range."""
         super().check()
+        self.check_counts("num_epochs", "batch_size", "chunk", "inner_steps")
         if self.method not in fairness.METHODS:
             raise ValueError(f"--method must be one of {', '.join(fairness.METHODS)}, got {self.method!r}.")
         if self.loss not in fairness.LOSSES:
@@ -438,6 +437,7 @@ class CompareFairness(_Shared):
 
     task = "fairness"
     resumable = True
+    beside = (*_Shared.beside, "seed", "seeds", "methods", "followers", "costs", "chunk")
     dataset: Data = "adult"
     """Drawn by scikit-learn, UCI Adult, Heritage Health, or the NBA graph."""
     protocol: Literal["pareto", "graph", "followers", "published", "article"] = "pareto"
@@ -460,6 +460,7 @@ class CompareFairness(_Shared):
     def check(self) -> None:
         """Raises a ValueError that names an option out of range."""
         super().check()
+        self.check_counts("num_epochs", "seeds", "chunk")
         known = dict.fromkeys(variant.method for variant in PROTOCOLS[self.protocol].variants)
         if unknown := [method for method in self.methods if method not in known]:
             raise ValueError(f"--methods must be among {', '.join(known)}, got {', '.join(unknown)}.")
@@ -479,11 +480,6 @@ class CompareFairness(_Shared):
         """A variant's setting for the data."""
         setting = self.adapted(PROTOCOLS[self.protocol].setting._replace(**variant.setting))
         return setting._replace(batch_size=None) if self.dataset == "nba" else setting
-
-    def settings(self) -> dict[str, Any]:
-        """The options that decide the numbers, and not how many there are: a longer run may go on from a shorter."""
-        counts = ("seed", "seeds", "methods", "followers", "costs", "chunk")
-        return {name: value for name, value in super().settings().items() if name not in counts}
 
     def run(self, directory: Path, track: _records.Track) -> "RenderableType":
         """Adds what is missing to runs.jsonl, draws fairness.png, and returns the table (also table.md)."""
@@ -744,27 +740,23 @@ above the reference point.
 
 
 def _comparison_table(rows: Sequence[Row], costs: Sequence[_records.Record], several: bool = False) -> "RenderableType":
-    from rich import box  # noqa: PLC0415
     from rich.console import Group  # noqa: PLC0415
-    from rich.table import Table  # noqa: PLC0415
 
     front = bool(rows and rows[0].hypervolume)
     names = ["method", *([] if several else ["eta"]), "accuracy", "gap"]
     names += ["odds", "area"] if several else ["volume"] if front else ["soft gap", "largest"]
     names += ["less Lagrangian's"] if front else []
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    for name in names:
-        table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
-    for row in rows:
+
+    def shown(row: Row) -> tuple[str, ...]:
         cells = _cells(row)
-        shown = (cells[0], *cells[2:5])
         if several:
-            table.add_row(cells[0], cells[3], cells[4], cells[6], *cells[-2:])
-        elif front:
-            less = "" if row.difference is None else "{:+.3f} [{:+.3f}, {:+.3f}]".format(*row.difference)
-            table.add_row(*shown, f"{np.mean(list(row.hypervolume.values())):.3f}", less)
-        else:
-            table.add_row(*shown, cells[5], cells[7])
+            return cells[0], cells[3], cells[4], cells[6], *cells[-2:]
+        if not front:
+            return cells[0], *cells[2:6], cells[7]
+        less = "" if row.difference is None else "{:+.3f} [{:+.3f}, {:+.3f}]".format(*row.difference)
+        return cells[0], *cells[2:5], f"{np.mean(list(row.hypervolume.values())):.3f}", less
+
+    table = _records.terminal_table(names, map(shown, rows))
     note = "Means over the seeds on the test part. gap: demographic parity of decisions; "
     note += "odds: equalized odds; " if several else ""
     note += "" if front else "soft gap: of probabilities, and its largest value over the seeds. table.md has more."

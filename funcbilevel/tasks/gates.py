@@ -36,6 +36,7 @@ import optax
 
 import funcbilevel as fb
 from funcbilevel.tasks import fairness_data
+from funcbilevel.tasks._training import cosine, stack
 
 Array: TypeAlias = np.ndarray[Any, Any]
 Params: TypeAlias = dict[str, jax.Array]
@@ -260,11 +261,6 @@ def _adam(rate: Any, num_steps: int) -> optax.GradientTransformation:
     return optax.adam(lambda count: rate * cosine(count, num_steps), eps_root=1e-16)
 
 
-def cosine(count: Any, num_steps: int) -> Any:
-    """From 1 to 0 by half a cosine."""
-    return 0.5 * (1 + jnp.cos(jnp.pi * jnp.minimum(count / num_steps, 1.0)))
-
-
 def _gated(estimator: Callable[[Setting], fb.Estimator]) -> Callable[..., Learner]:
     """The follower moves, then the leader, by the estimator's hypergradient."""
 
@@ -449,19 +445,15 @@ def train(
         hypers = jax.tree.map(lambda *values: np.tile(np.array(values, np.float32), (len(seeds), 1)), *hypers)
     first, feature_of = tables[0], tables[0].feature_of
     compiled = program(method, setting, feature_of)
-    rows = _stack([table.train for table in tables])
-    drawn = _stack([draws(setting, len(first.train.y), len(first.features), seed) for seed in seeds])
-    states = compiled.init(_stack([initial_network(len(feature_of), setting.width, seed) for seed in seeds]), hypers)
+    rows = stack([table.train for table in tables])
+    drawn = stack([draws(setting, len(first.train.y), len(first.features), seed) for seed in seeds])
+    states = compiled.init(stack([initial_network(len(feature_of), setting.width, seed) for seed in seeds]), hypers)
     for start in range(0, setting.num_steps, chunk):
         of_chunk = Draws(*(values[:, start : start + chunk] for values in drawn))
         states, values = jax.block_until_ready(compiled.advance(states, hypers, rows, of_chunk))
         if callback is not None:
             callback(states, {"outer_objective": np.mean(values, axis=(0, 1))})
     return jax.device_get(compiled.result(states, hypers))
-
-
-def _stack(trees: Sequence[Any]) -> Any:
-    return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
 
 
 @jax.jit
@@ -492,7 +484,7 @@ def measure(
     """
     scalars = [np.full(masks.shape[:2], value, np.float32) for value in Hyper()[:3]]
     networks = train("refit", setting, tables, Hyper(*scalars, mask=masks.astype(np.float32)), seeds, callback)
-    parts = [_stack([table.validation for table in tables]), _stack([table.test for table in tables])]
+    parts = [stack([table.validation for table in tables]), stack([table.test for table in tables])]
     validation, test = map(np.asarray, _accuracies(networks, parts))
     return validation, test
 

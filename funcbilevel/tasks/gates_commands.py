@@ -54,6 +54,7 @@ class RunGates(_records.Options):
     """A follower's gates keep few features while the leader predicts, against lasso and random sets of features."""
 
     task = "gates"
+    beside = ("data",)
     dataset: Literal["breast-cancer", "adult"] = "breast-cancer"
     """Breast cancer of scikit-learn, or UCI Adult."""
     data: Path | None = None
@@ -71,16 +72,10 @@ class RunGates(_records.Options):
         """Raises a ValueError that names an option out of range."""
         if self.data is not None and not self.data.exists():
             raise ValueError(f"--data: there is no {self.data}.")
-        for name in ("seeds", "num_steps", "width"):
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}.")
+        self.check_counts("seeds", "num_steps", "width")
         unknown = [name for name in self.methods if name not in SELECTORS]
         if unknown or not self.methods:
             raise ValueError(f"--methods must be among {', '.join(SELECTORS)}, got {', '.join(unknown) or '(none)'}.")
-
-    def settings(self) -> dict[str, Any]:
-        """The options that decide the numbers; not where the data are."""
-        return {name: value for name, value in super().settings().items() if name != "data"}
 
     def load(self, seed: int) -> list[Table]:
         """The data that the options ask for, as the seed divides them: of the small one several folds."""
@@ -280,21 +275,14 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def _report(rows: Sequence[Row], table: Table) -> "RenderableType":
-    from rich import box  # noqa: PLC0415
     from rich.console import Group  # noqa: PLC0415
-    from rich.table import Table as Grid  # noqa: PLC0415
 
     names = {1: "method", 2: "needs", 3: "95% CI", 4: "accuracy", 5: "lost", 7: "fewer than lasso"}
     grids: list[Any] = []
     for tolerance in gates.TOLERANCES:
-        grid = Grid(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), title_justify="left")
-        grid.title = f"Features needed to lose at most {100 * tolerance:g} point of validation accuracy"
-        for name in names.values():
-            grid.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
-        for row in rows:
-            if row.tolerance == tolerance:
-                grid.add_row(*(_cells(row)[i] for i in names))
-        grids += [grid, ""]
+        title = f"Features needed to lose at most {100 * tolerance:g} point of validation accuracy"
+        lines = [[_cells(row)[i] for i in names] for row in rows if row.tolerance == tolerance]
+        grids += [_records.terminal_table(list(names.values()), lines, title), ""]
     sizes = [len(part.y) for part in (table.train, table.validation, table.test)]
     note = (
         f"{table.name}: {len(table.features)} features; "

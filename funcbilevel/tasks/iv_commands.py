@@ -39,6 +39,7 @@ COLOURS = {
 
 @dataclass(frozen=True)
 class _Shared(_records.Options):
+    beside = ("download",)
     n: int = 5000
     """Sample size, even; half of it is the inner level's."""
     num_outer_steps: int = 100
@@ -78,7 +79,7 @@ class _Shared(_records.Options):
             "images": Path(images).name if images else "rendered",
             "matrix": Path(matrix).name if matrix else "drawn",
         }
-        return {name: value for name, value in super().settings().items() if name != "download"} | names
+        return super().settings() | names
 
     def status(self, metrics: Mapping[str, Any]) -> str:
         """Both objectives and the test MSE."""
@@ -197,6 +198,7 @@ class CompareIV(_Shared):
 
     task = "iv"
     resumable = True
+    beside = (*_Shared.beside, "seed", "seeds", "methods", "references", "costs", "select", "selection_n")
     seeds: int = 20
     """Number of seeds, from --seed on."""
     methods: tuple[str, ...] = tuple(iv.METHODS)
@@ -213,15 +215,9 @@ class CompareIV(_Shared):
     def check(self) -> None:
         """Raises a ValueError that names an option out of range."""
         super().check()
-        if self.seeds < 1:
-            raise ValueError(f"--seeds must be at least 1, got {self.seeds}.")
+        self.check_counts("seeds")
         if unknown := [method for method in self.methods if method not in iv.METHODS]:
             raise ValueError(f"--methods must be among {', '.join(iv.METHODS)}, got {', '.join(unknown)}.")
-
-    def settings(self) -> dict[str, Any]:
-        """The options that decide the numbers, and not how many there are: a longer run may go on from a shorter."""
-        counts = ("seed", "seeds", "methods", "references", "costs", "select", "selection_n")
-        return {name: value for name, value in super().settings().items() if name not in counts}
 
     def run(self, directory: Path, track: _records.Track) -> "RenderableType":
         """Adds what is missing to runs.jsonl and its curves, draws iv.png, and returns the table (also table.md)."""
@@ -426,16 +422,10 @@ def markdown(rows: list[Row]) -> str:
 
 
 def _comparison_table(rows: list[Row]) -> "RenderableType":
-    from rich import box  # noqa: PLC0415
     from rich.console import Group  # noqa: PLC0415
-    from rich.table import Table  # noqa: PLC0415
 
     title = "Test MSE on dSprites: medians over seeds, their bootstrap intervals, cost"
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, title=title, title_justify="left", padding=(0, 1, 0, 0))
-    for name in HEADER:
-        table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*_cells(row))
+    table = _records.terminal_table(HEADER, map(_cells, rows), title)
     note = (
         f"p: paired Wilcoxon test against {rows[0].method}. time: one outer step over one bare forward and backward "
         "pass of the treatment network on the inner pictures, measured side by side. MiB: XLA's temporary buffers."

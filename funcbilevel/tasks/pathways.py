@@ -32,6 +32,7 @@ import numpy as np
 import optax
 
 import funcbilevel as fb
+from funcbilevel.tasks._training import cosine, stack
 
 Array: TypeAlias = np.ndarray[Any, Any]
 Params: TypeAlias = dict[str, dict[str, Any]]
@@ -275,9 +276,7 @@ def problem(merge: Callable[[Any, Any], Params], known: jax.Array, eta: Any) -> 
 
 
 def _adam(rate: Any, num_steps: int) -> optax.GradientTransformation:
-    return optax.adam(
-        lambda count: rate * 0.5 * (1 + jnp.cos(jnp.pi * jnp.minimum(count / num_steps, 1.0))), eps_root=1e-16
-    )
+    return optax.adam(lambda count: rate * cosine(count, num_steps), eps_root=1e-16)
 
 
 def _played(estimator: Callable[[Setting], fb.Estimator]) -> Callable[..., Learner]:
@@ -417,20 +416,16 @@ def sweep(
     hyper = jax.tree.map(lambda *values: np.tile(np.array(values, np.float32), (len(seeds), 1)), *hypers)
     known, true = (np.stack(genes).astype(np.float32) for genes in zip(*((d.known, d.true) for d in data), strict=True))
     drawn = np.stack([draws(setting, len(data[0].train.y), seed) for seed in seeds])
-    rows = _stack([d.train for d in data])
-    states = init(hyper, _stack([initial_network(num_genes, setting.width, seed) for seed in seeds]), known)
+    rows = stack([d.train for d in data])
+    states = init(hyper, stack([initial_network(num_genes, setting.width, seed) for seed in seeds]), known)
     for start in range(0, setting.num_steps, chunk):
         states, values = advance(states, hyper, rows, drawn[:, start : start + chunk], known)
         if callback is not None:
             callback(states, {"outer_objective": np.mean(values, axis=(0, 1))})
-    parts = tuple(_stack(list(part)) for part in zip(*((d.validation, d.test, d.corrected) for d in data), strict=True))
+    parts = tuple(stack(list(part)) for part in zip(*((d.validation, d.test, d.corrected) for d in data), strict=True))
     return jax.device_get(measure(params(states, hyper, known), hyper, parts, known, true))
 
 
 def draws(setting: Setting, num_rows: int, seed: int) -> Array:
     """The rows of every step, [steps, b], the same for every method and hyper-parameter setting."""
     return np.random.default_rng(seed).integers(num_rows, size=(setting.num_steps, setting.batch_size), dtype=np.int32)
-
-
-def _stack(trees: Sequence[Any]) -> Any:
-    return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)

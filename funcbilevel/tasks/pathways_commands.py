@@ -73,9 +73,7 @@ class RunPathways(_records.Options):
 
     def check(self) -> None:
         """Raises a ValueError that names an option out of range."""
-        for name in ("seeds", "num_steps", "width"):
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}.")
+        self.check_counts("seeds", "num_steps", "width")
         if unknown := [name for name in self.methods if name not in PLAYED]:
             raise ValueError(f"--methods must be among {', '.join(PLAYED)}, got {', '.join(unknown)}.")
         try:
@@ -209,17 +207,15 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def _report(rows: Sequence[Row]) -> "RenderableType":
-    from rich import box  # noqa: PLC0415
     from rich.console import Group  # noqa: PLC0415
-    from rich.table import Table  # noqa: PLC0415
 
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    for name in ("method", "acc.", "corr.", "known", "true", "AUROC", "less lagrangian's"):
-        table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
-    for row in rows:
+    def cells(row: Row) -> tuple[str, ...]:
         means = (row.accuracy, row.corrected, row.known, row.true, row.auroc)
         less = "" if row.difference is None else "{:+.3f} [{:+.3f}, {:+.3f}]".format(*row.difference)
-        table.add_row(row.method, *(f"{mean:.3f}" for mean, _, _ in means), less)
+        return row.method, *(f"{mean:.3f}" for mean, _, _ in means), less
+
+    header = ("method", "acc.", "corr.", "known", "true", "AUROC", "less lagrangian's")
+    table = _records.terminal_table(header, map(cells, rows))
     note = (
         "Means over the seeds on the test part, in the setting with the best validation accuracy plus share inside "
         "the known pathways. corr.: accuracy where the batch does not go with the label; known, true: share of the "

@@ -329,6 +329,10 @@ class Setting(NamedTuple):
     evaluation_episodes: int = 10
 
 
+def _product(**values: Sequence[Any]) -> list[dict[str, Any]]:
+    return [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]
+
+
 class Method(NamedTuple):
     """A way to learn the world model.
 
@@ -336,11 +340,13 @@ class Method(NamedTuple):
         problem: which outer objective.
         estimator: how it is differentiated.
         chosen: the settings in which it differs from the others.
+        trials: the settings among which it may choose, as many for every method.
     """
 
     problem: Callable[[Bellman], fb.FunctionalProblem]
     estimator: Callable[[Setting], fb.Estimator]
     chosen: dict[str, Any]
+    trials: Sequence[dict[str, Any]] = _product(inner_learning_rate=(3e-4, 1e-3, 3e-3), warm_adam=(True, False))
 
 
 def _alternating(setting: Setting) -> fb.Estimator:
@@ -366,26 +372,22 @@ def _omd_identity(setting: Setting) -> fb.Estimator:
 METHODS: dict[str, Method] = {
     "funcid-pointwise": Method(bellman_problem, _pointwise, {"inner_learning_rate": 3e-3, "warm_adam": False}),
     "funcid-learned": Method(
-        bellman_problem, _learned, {"inner_learning_rate": 3e-3, "warm_adam": False, "adjoint_learning_rate": 3e-3}
+        bellman_problem,
+        _learned,
+        {"inner_learning_rate": 3e-3, "warm_adam": False, "adjoint_learning_rate": 3e-3},
+        _product(inner_learning_rate=(1e-3, 3e-3), adjoint_learning_rate=(1e-3, 3e-3, 1e-2)),
     ),
     "omd-cg": Method(
-        bellman_problem, _omd_cg, {"inner_learning_rate": 3e-4, "warm_adam": False, "cg_steps": 5, "damping": 10.0}
+        bellman_problem,
+        _omd_cg,
+        {"inner_learning_rate": 3e-4, "warm_adam": False, "cg_steps": 5, "damping": 10.0},
+        _product(inner_learning_rate=(3e-4, 1e-3), damping=(100.0, 1000.0, 10_000.0)),
     ),
     "omd-identity": Method(bellman_problem, _omd_identity, {"inner_learning_rate": 3e-4, "warm_adam": False}),
     "mle": Method(likelihood_problem, _alternating, {"inner_learning_rate": 3e-3}),
     "vep": Method(value_equivalence_problem, _alternating, {"inner_learning_rate": 3e-3}),
     "model-free": Method(model_free_problem, _alternating, {"inner_learning_rate": 3e-3}),
 }
-
-
-def trials(method: str) -> list[dict[str, Any]]:
-    """The settings among which a method may choose, six for each."""
-    own: dict[str, dict[str, list[Any]]] = {
-        "omd-cg": {"inner_learning_rate": [3e-4, 1e-3], "damping": [100.0, 1000.0, 10_000.0]},
-        "funcid-learned": {"inner_learning_rate": [1e-3, 3e-3], "adjoint_learning_rate": [1e-3, 3e-3, 1e-2]},
-    }
-    axes = own.get(method, {"inner_learning_rate": [3e-4, 1e-3, 3e-3], "warm_adam": [True, False]})
-    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
 
 def bellman_of(environment: Environment, setting: Setting) -> Bellman:

@@ -55,8 +55,7 @@ class _Shared(_records.Options):
     def check(self) -> None:
         """Raises a ValueError that names an option out of range."""
         first = rl.Setting().random_steps
-        if self.seeds < 1:
-            raise ValueError(f"--seeds must be at least 1, got {self.seeds}.")
+        self.check_counts("seeds")
         if self.steps <= first:
             raise ValueError(f"--steps must be more than the {first} random ones at the beginning, got {self.steps}.")
         if self.evaluation_interval < 1 or (self.steps - first) % self.evaluation_interval:
@@ -99,8 +98,9 @@ class _Shared(_records.Options):
             What was trained, if there was anything to do.
         """
         settings = settings_of(method, setting)
-        done = {r["seed"] for r in read(directory, name) if r["method"] == method and r["settings"] == settings}
-        seeds = [seed for seed in seeds if seed not in done]
+        done = {_records.identity(record) for record in _records.read_existing(directory / f"{name}.jsonl")}
+        key = _records.settings_key(settings)
+        seeds = [seed for seed in seeds if (method, seed, key) not in done]
         if not seeds:
             return None
         environment, start = ENVIRONMENTS[self.task].environment(), time.perf_counter()
@@ -150,8 +150,7 @@ class RunCartPole(_Shared):
         """Raises a ValueError that names an option out of range."""
         super().check()
         _known("--method", self.method)
-        if self.model_width < 1:
-            raise ValueError(f"--model-width must be at least 1, got {self.model_width}.")
+        self.check_counts("model_width")
 
     def run(self, directory: Path, track: _records.Track) -> "RenderableType":
         """Writes runs.jsonl, its curves, the figure and the animation into `directory`; returns a table."""
@@ -217,17 +216,17 @@ class CompareCartPole(_Shared):
 
     def _select(self, directory: Path, track: _records.Track, method: str, setting: rl.Setting) -> dict[str, Any]:
         """Of the method's trials the one with the largest mean return over training and over the selection's seeds."""
-        trials = rl.trials(method)
+        trials = rl.METHODS[method].trials
         settings = [setting._replace(steps=self.selection_steps, **trial) for trial in trials]
         for i, candidate in enumerate(settings, start=1):
             label = f"{method} {setting.model_width}, {i}"
             self.complete(directory, "selection", track, label, method, candidate, SELECTION_SEEDS)
-        records = list(read(directory, "selection"))
+        records = list(_records.read_existing(directory / "selection.jsonl"))
 
         def score(candidate: rl.Setting) -> float:
             own = settings_of(method, candidate)
-            of_trial = [r for r in records if r["method"] == method and r["settings"] == own]
-            return float(np.mean([record["metrics"]["return_auc"] for record in of_trial]))
+            means = [r["metrics"]["return_auc"] for r in records if r["method"] == method and r["settings"] == own]
+            return float(np.mean([-np.inf if mean is None else mean for mean in means]))
 
         return trials[int(np.argmax([score(candidate) for candidate in settings]))]
 
@@ -286,9 +285,9 @@ def _short(x: Any) -> float | None:
     return float(f"{x:.4g}") if np.isfinite(x) else None
 
 
-def read(directory: Path, name: str = "runs") -> Iterator[dict[str, Any]]:
-    """The records of a directory's runs, or of its selection, each with its curves."""
-    names = [directory / f"{name}.jsonl", directory / f"{name}-curves.jsonl"]
+def read(directory: Path) -> Iterator[dict[str, Any]]:
+    """The records of a directory's runs, each with its curves."""
+    names = [directory / name for name in ("runs.jsonl", "runs-curves.jsonl")]
     if names[0].exists():
         lines = names[1].read_text(encoding="utf-8").splitlines()
         curves = {_records.identity(curve): curve for curve in map(json.loads, lines)}
@@ -384,22 +383,15 @@ def markdown(rows: list[Row]) -> str:
 
 
 def _table(rows: list[Row], task: str) -> "RenderableType":
-    from rich import box  # noqa: PLC0415
     from rich.console import Group  # noqa: PLC0415
-    from rich.table import Table  # noqa: PLC0415
 
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    for name in HEADER:
-        table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*_cells(row))
     note = (
         f"Evaluation returns on {task}. mean and AUC: averaged over training, by mean\n"
         "and by interquartile mean over seeds; final: over the last tenth, by\n"
         "interquartile mean. model: hidden width and environment steps; lr: of Adam on\n"
         "the Q-networks, with * restarted at every step."
     )
-    return Group(table, "", note)
+    return Group(_records.terminal_table(HEADER, map(_cells, rows)), "", note)
 
 
 def _methods(rows: list[Row]) -> set[str]:
