@@ -5,7 +5,7 @@ outer level fits the model's values to data. Every model comes with its last hid
 adjoint.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -78,6 +78,25 @@ def perceptron(
     return fb.from_function(init, apply), features
 
 
+def patch_convolution(
+    x: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: Any, **dimensions: Any
+) -> jax.Array:
+    """The convolution of [n, height, width, c] with [k, l, c, d] as one product of its patches with the kernel.
+
+    XLA makes the gradients of its own convolution a hundred times slower on CPUs inside a loop than outside
+    (https://github.com/jax-ml/jax/issues/12868), and every method here is a loop.
+    """
+    del dimensions  # linen.Conv's defaults
+    pads = jax.lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
+    x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+    rows, columns = (
+        [slice(i, i + size - span + 1, stride) for i in range(span)]
+        for size, span, stride in zip(x.shape[1:3], kernel.shape[:2], strides, strict=True)
+    )
+    patches = jnp.concatenate([x[:, row, column] for row in rows for column in columns], axis=-1)
+    return patches @ kernel.reshape(-1, kernel.shape[-1])
+
+
 class ConvolutionalNetwork(linen.Module):
     """`depth` convolutions 3×3 of `width` / 8 channels, the first with stride 2, their mean, and a linear layer."""
 
@@ -88,7 +107,10 @@ class ConvolutionalNetwork(linen.Module):
     def setup(self) -> None:
         """The layers."""
         channels = self.width // 8
-        self.convolutions = [linen.Conv(channels, (3, 3), 2 if i == 0 else 1) for i in range(self.depth)]
+        self.convolutions = [
+            linen.Conv(channels, (3, 3), 2 if i == 0 else 1, conv_general_dilated=patch_convolution)
+            for i in range(self.depth)
+        ]
         self.head = linen.Dense(self.outputs)
 
     def features(self, x: jax.Array) -> jax.Array:

@@ -12,6 +12,7 @@ import peers
 import peers_jax
 import peers_problems as problems
 import pytest
+from flax import linen
 from jax.flatten_util import ravel_pytree
 
 from funcbilevel.tasks import _records
@@ -82,6 +83,18 @@ def test_the_other_models_and_their_features(kind):
     np.testing.assert_allclose(
         phi @ head["kernel"] + head["bias"][None], net.model.apply(params, state, x)[0], rtol=1e-4
     )
+
+
+@pytest.mark.parametrize("strides", [1, (1, 2), 3])
+@pytest.mark.parametrize("padding", ["SAME", "VALID"])
+def test_a_convolution_by_patches_is_a_convolution(strides, padding):
+    x = jax.random.normal(jax.random.key(0), (5, 8, 7, 2))
+    real, patches = (
+        linen.Conv(4, (2, 3), strides, padding=padding, conv_general_dilated=convolution)
+        for convolution in (None, cost_models.patch_convolution)
+    )
+    params = real.init(jax.random.key(1), x)
+    np.testing.assert_allclose(patches.apply(params, x), real.apply(params, x), atol=1e-5)
 
 
 def test_more_outer_parameters_leave_the_network_alone():
