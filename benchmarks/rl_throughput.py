@@ -2,10 +2,12 @@
 
     python benchmarks/rl_throughput.py [--output FILE]
 
-The ways take turns in one process, and medians over the rounds are reported. `one-seed` is what ten sequential compiled
-runs come to. `python-loop` is the strongest loop of its kind: one compiled, donated call per step of the environment,
-acting, environment, buffer and learning in one program. `gymnasium-loop` is the ordinary one: the same agent on
-`gymnasium.make("CartPole-v1")`, with a NumPy replay buffer, and acting and learning compiled each.
+The ways take turns in one process, and medians over the rounds are reported. `spread` is what the commands do: seeds
+under vmap, spread over devices, and on CPUs every core is one. `vmapped` does the same on one device. `one-seed` is
+what ten sequential compiled runs come to. `python-loop` is the strongest loop of its kind: one compiled, donated call
+per step of the environment, acting, environment, buffer and learning in one program. `gymnasium-loop` is the ordinary
+one: the same agent on `gymnasium.make("CartPole-v1")`, with a NumPy replay buffer, and acting and learning compiled
+each.
 """
 
 import argparse
@@ -18,7 +20,7 @@ import jax
 import numpy as np
 import optax
 
-from funcbilevel.tasks import _records, rl, rl_cartpole
+from funcbilevel.tasks import _records, rl, rl_cartpole, rl_commands
 
 
 def main() -> None:
@@ -30,25 +32,29 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON lines to append to")
     arguments = parser.parse_args()
 
+    rl_commands.every_core_a_device()
     environment = rl_cartpole.environment()
     setting = rl.Setting()._replace(**rl.METHODS[arguments.method].chosen)
     solver = rl.agent(environment, arguments.method, setting)
-    compiled = rl.programs(environment, arguments.method, setting)
 
-    def learner(num_steps):
+    def learner(num_steps, num_devices=1):
         def learn(state, step):
             return rl.learn(environment, solver, setting, num_steps, state, step)
 
-        return jax.jit(jax.vmap(learn, in_axes=(0, None)), donate_argnums=0)
+        return rl.spread(learn, num_devices, donate_argnums=0)
 
-    scan, single = learner(arguments.steps), learner(1)
+    num_devices = rl.spread_over(arguments.seeds)
+    scan = learner(arguments.steps)
     ways = {
+        f"spread-{arguments.seeds}": (arguments.seeds, learner(arguments.steps, num_devices), 1),
         f"vmapped-{arguments.seeds}": (arguments.seeds, scan, 1),
         "one-seed": (1, scan, 1),
-        "python-loop": (1, single, arguments.steps),
+        "python-loop": (1, learner(1), arguments.steps),
     }
     states = {}
     for name, (seeds, program, _) in ways.items():
+        spread = num_devices if name.startswith("spread") else 1
+        compiled = rl.programs(environment, arguments.method, setting, spread)
         state = compiled.explore(compiled.init(jax.random.split(jax.random.key(0), seeds)))
         states[name] = jax.block_until_ready(program(state, np.int32(setting.random_steps))[0])
     loop = gymnasium_loop(environment, arguments.method, setting)
@@ -67,11 +73,11 @@ def main() -> None:
             next(loop)
         rates["gymnasium-loop"].append(arguments.steps / (time.perf_counter() - start))
     medians = {name: statistics.median(values) for name, values in rates.items()}
-    reference = medians[f"vmapped-{arguments.seeds}"]
+    reference = medians[f"spread-{arguments.seeds}"]
     for name, rate in medians.items():
-        print(f"{name:<14} {rate:8.0f} steps/s   vmapped seeds are {reference / rate:.2f} times as fast")
+        print(f"{name:<14} {rate:8.0f} steps/s   spread seeds are {reference / rate:.2f} times as fast")
         if arguments.output is not None:
-            metrics = {"steps_per_second": rate, "speedup_of_vmapped": reference / rate}
+            metrics = {"steps_per_second": rate, "speedup_of_spread": reference / rate, "devices": num_devices}
             settings = setting._asdict() | {"program": name}
             seconds = arguments.steps * (ways[name][0] if name in ways else 1) / rate
             _records.append(

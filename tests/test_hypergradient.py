@@ -557,6 +557,24 @@ def test_pointwise_adjoint_says_when_it_is_not_for_these_batches(x64):
     assert not bool(h.metrics["linear_converged"])
 
 
+@pytest.mark.parametrize("outputs", [1, 2, 3])
+def test_pointwise_adjoint_solves_the_block_of_every_sample(x64, outputs):
+    """Symmetric blocks of either sign; g_imp is a_i / n, since the inner objective holds v_i' omega_i."""
+    rng = np.random.default_rng(outputs)
+    n, k = 5, outputs
+    B, c = rng.normal(size=(n, k, k)), jnp.asarray(rng.normal(size=(n, k)))
+    B = jnp.asarray(B + np.moveaxis(B, 1, 2))
+    problem = fb.FunctionalProblem(
+        lambda omega, v, batch: jnp.mean(0.5 * jnp.einsum("ni,nij,nj->n", v, B, v) + jnp.sum(v * omega, axis=1)),
+        lambda omega, v, batch: jnp.mean(jnp.sum(v * c, axis=1)),
+    )
+    model = fb.from_function(lambda key, x: jnp.zeros((n, k)), lambda params, x: params + 0.0 * x)
+    x = (jnp.zeros((n, k)),)
+    h = fb.hypergradient(problem, model, fb.funcid(fb.pointwise_adjoint()), jnp.zeros((n, k)), jnp.zeros((n, k)), x, x)
+    assert_close(h.implicit * n, -np.linalg.solve(B, np.asarray(c)[..., None])[..., 0], 1e-10)
+    assert bool(h.metrics["linear_converged"])
+
+
 # The linear solvers of AID.
 
 

@@ -76,4 +76,14 @@ def _solve_blocks(C: LinearMap, rhs: Prediction) -> Prediction:
     # Column j of every block at once: C applied to the j-th unit vector at each sample. [k, n, k]
     columns = jax.vmap(lambda e: flat(C(unflat(jnp.broadcast_to(e, rows.shape)))))(jnp.eye(ends[-1], dtype=rows.dtype))
     blocks = jnp.moveaxis(columns, 0, 2)  # [n, k, k]
-    return unflat(jnp.linalg.solve(blocks, rows[..., None])[..., 0])
+    return unflat(_solve(blocks, rows))
+
+
+def _solve(B: jax.Array, y: jax.Array) -> jax.Array:
+    """x_i = B_i^-1 y_i for B [n, k, k] and y [n, k]; LAPACK, called once per sample, is slow where k is 1 or 2."""
+    if y.shape[1] == 1:
+        return y / B[..., 0]
+    if y.shape[1] == 2:
+        ((p, q), (r, s)), (u, v) = jnp.moveaxis(B, 0, 2), y.T  # Cramer's rule
+        return jnp.stack([s * u - q * v, p * v - r * u], axis=1) / (p * s - q * r)[:, None]
+    return jnp.linalg.solve(B, y[..., None])[..., 0]

@@ -1,9 +1,11 @@
 """`funcbilevel run cartpole`, `compare cartpole` and `run pendulum`: model-based reinforcement learning."""
 
 import json
+import os
 import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -103,6 +105,7 @@ class _Shared(_records.Options):
         seeds = [seed for seed in seeds if (method, seed, key) not in done]
         if not seeds:
             return None
+        every_core_a_device()
         environment, start = ENVIRONMENTS[self.task].environment(), time.perf_counter()
         identity = zlib.crc32(json.dumps([settings, seeds], sort_keys=True).encode())  # no other run's state
         checkpoint = directory / f"{method}-{identity:08x}.checkpoint.npz"
@@ -126,6 +129,14 @@ class _Shared(_records.Options):
         (directory / "table.md").write_text(markdown(rows), encoding="utf-8")
         draw(rows, directory / f"{self.task}.png", self.task)
         return _table(rows, self.task)
+
+
+def every_core_a_device() -> None:
+    """Seeds are spread over devices: JAX on a CPU takes all of its cores for one, unless it is told otherwise."""
+    if "JAX_NUM_CPU_DEVICES" not in os.environ and "device_count" not in os.environ.get("XLA_FLAGS", ""):
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        with suppress(RuntimeError):  # JAX runs already
+            jax.config.update("jax_num_cpu_devices", cores)
 
 
 def _known(option: str, method: str) -> str:
@@ -273,7 +284,7 @@ def add(
         metrics = {name: values[i, -1] for name, values in curves.values.items()}
         metrics |= {name: np.all(curves.values[name][i]) for name in flags}
         metrics |= {"return_auc": np.mean(returns[i]), "final_return": _final(returns[i])}
-        metrics |= {"seeds_together": len(seeds)}
+        metrics |= {"seeds_together": len(seeds), "devices": rl.spread_over(len(seeds))}
         with (directory / f"{name}-curves.jsonl").open("a", encoding="utf-8") as file:
             values = {curve: [_short(x) for x in curves.values[curve][i]] for curve in CURVES}
             line = {"method": method, "seed": seed, "settings": settings, "step": curves.step.tolist()} | values
