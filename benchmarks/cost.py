@@ -3,6 +3,7 @@
     python benchmarks/cost.py --quick                                      # in CI: a table, and checks of its figures
     python benchmarks/cost.py --output benchmarks/results/cost/sweeps.jsonl         # all sweeps, resumable
     python benchmarks/cost.py --memory-only --output <file>                # compiles only: a busy machine does no harm
+    JAX_NUM_CPU_DEVICES=2 python benchmarks/cost.py --sweeps seeds --output <file>               # over devices too
     python benchmarks/cost_report.py benchmarks/results/cost/sweeps.jsonl
 
 The problem is a functional regression; see cost_models.py. A cell is a size of it; M = K = T = steps throughout. Two
@@ -14,6 +15,7 @@ methods of a cell are timed in turns in one process. Memory is XLA's temporary b
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from cost_models import INPUTS, PROBLEM, Network, batches, inner_objective, network, outer_objective, perceptron
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from turns import times_in_turns
 
 import funcbilevel as fb
@@ -311,6 +314,8 @@ def _time(record: _records.Record) -> float | None:
 
 SEEDS_CELL = Cell(depth=2, width=32, batch=128, steps=10)
 SEEDS_METHODS = ("funcid-linear", "funcid-learned", "aid-cg", "itd")
+FACTORISING = () if "NPROC" in os.environ else ("funcid-linear",)
+"""Batched factorisations on as many CPU devices as XLA has threads, NPROC of them, deadlock jaxlib 0.10."""
 
 
 def seeds_settings(num_seeds: int, outer_steps: int) -> dict[str, Any]:
@@ -320,8 +325,12 @@ def seeds_settings(num_seeds: int, outer_steps: int) -> dict[str, Any]:
 def seeds_records(
     methods: Sequence[str], num_seeds: int = 20, outer_steps: int = 20, repeats: int = 7
 ) -> Iterator[_records.Record]:
-    """`num_seeds` runs of a small functional regression: one program under vmap against one after the other."""
+    """`num_seeds` runs of a small functional regression: one program under vmap against one after the other.
+
+    Where JAX has several devices, `spread` is the program under vmap with the seeds spread over them.
+    """
     cell = SEEDS_CELL
+    mesh = Mesh(np.array(jax.devices()), ("seeds",))
     net = network(cell.model, cell.depth, cell.width, cell.outputs)
     inner, outer = batches(cell.batch)
     stacked = jax.tree.map(lambda x: jnp.broadcast_to(x, (outer_steps, *x.shape)), (inner, outer))
@@ -337,10 +346,17 @@ def seeds_records(
                 jax.block_until_ready(run(state, *stacked))
 
         together = jax.jit(jax.vmap(solver.run, in_axes=(0, None, None)))
-        times = times_in_turns({"sequential": sequential, "vmap": lambda f=together, s=states: f(s, *stacked)}, repeats)
+        calls = {"sequential": sequential, "vmap": lambda f=together, s=states: f(s, *stacked)}
+        if num_seeds % mesh.size == 0 and mesh.size > 1 and method not in FACTORISING:
+            spread = jax.device_put(states, NamedSharding(mesh, PartitionSpec("seeds")))
+            same = jax.device_put(stacked, NamedSharding(mesh, PartitionSpec()))
+            calls["spread"] = lambda f=together, s=spread, b=same: f(s, *b)
+        times = times_in_turns(calls, repeats)
         seconds = {name: float(np.median(values)) for name, values in times.items()}
         metrics = {f"{name}_seconds": value for name, value in seconds.items()}
         metrics["speed_up"] = seconds["sequential"] / seconds["vmap"]
+        if "spread" in seconds:
+            metrics |= {"spread_speed_up": seconds["sequential"] / seconds["spread"], "devices": mesh.size}
         settings = seeds_settings(num_seeds, outer_steps)
         yield _records.record("cost", method, 0, settings, metrics, sum(map(sum, times.values())))
 

@@ -121,9 +121,13 @@ def test_large_cells_are_called_less_often():
 
 def test_seeds_record(tiny, monkeypatch):
     monkeypatch.setattr(cost, "SEEDS_CELL", TINY)
-    (record,) = cost.seeds_records(["funcid-linear"], num_seeds=2, outer_steps=2, repeats=1)
-    metrics = record["metrics"]
-    assert metrics["speed_up"] == pytest.approx(metrics["sequential_seconds"] / metrics["vmap_seconds"])
+    linear, spread = cost.seeds_records(["funcid-linear", "aid-cg"], num_seeds=8, outer_steps=2, repeats=1)
+    for metrics in (linear["metrics"], spread["metrics"]):
+        assert metrics["speed_up"] == pytest.approx(metrics["sequential_seconds"] / metrics["vmap_seconds"])
+    assert "spread_seconds" not in linear["metrics"]
+    metrics = spread["metrics"]
+    assert metrics["spread_speed_up"] == pytest.approx(metrics["sequential_seconds"] / metrics["spread_seconds"])
+    assert metrics["devices"] == 8
 
 
 def test_the_command_line_needs_an_output():
