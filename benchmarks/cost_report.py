@@ -401,7 +401,7 @@ def figure(records: Sequence[_records.Record], base: Cell) -> Any:
     """Time and memory of a gradient and of a step against steps and depth, in log axes."""
     from matplotlib import rc_context  # noqa: PLC0415
     from matplotlib.figure import Figure  # noqa: PLC0415
-    from matplotlib.ticker import FuncFormatter, NullFormatter  # noqa: PLC0415
+    from matplotlib.ticker import FuncFormatter, LogFormatter, NullFormatter  # noqa: PLC0415
 
     style: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10}
     plain = FuncFormatter(lambda x, _: f"{x:g}")
@@ -438,6 +438,7 @@ def figure(records: Sequence[_records.Record], base: Cell) -> Any:
                 panel.xaxis.set_major_formatter(plain)
                 panel.xaxis.set_minor_formatter(NullFormatter())
                 panel.yaxis.set_major_formatter(plain)
+                panel.yaxis.set_minor_formatter(LogFormatter())  # shown where there are fewer than two powers of ten
                 panel.grid(alpha=0.25, lw=0.5)
                 panel.set_title(f"{'one gradient' if what == 'gradient' else 'one outer step'}, {label}")
         handles = {label: handle for panel in axes.flat for handle, label in zip(*panel.get_legend_handles_labels())}
