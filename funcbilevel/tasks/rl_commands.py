@@ -440,7 +440,8 @@ def draw(rows: list[Row], path: Path, task: str) -> None:
                 axes = grid[0, column]
                 axes.plot(row.step, np.mean(row.curves[CURVES[0]], axis=0), color=COLOURS[row.method], lw=0.7, ls=":")
             steps, width = panel
-            grid[0, column].set(title=f"{task}: model width {width}, {steps:,} steps, {shown[0].seeds} seeds")
+            seeds = " or ".join(map(str, sorted({row.seeds for row in shown})))
+            grid[0, column].set(title=f"{task}: width {width}, {steps:,} steps, {seeds} seeds")
             grid[2, column].set(xlabel="Environment steps")
             grid[2, column].xaxis.set_major_locator(MaxNLocator(5))
             grid[2, column].xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
