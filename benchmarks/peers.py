@@ -7,10 +7,10 @@
 boat-torch asks for an older NumPy than ours and betty-ml (0.1.1) writes its requirements so that pip 24.1 and later
 refuse it: hence --no-deps, and an older pip for the latter. What is not installed is left out.
 
-Same problem (peers_problems.py), inner solution, number of linear-solver products or unrolled steps, dtype and threads
-(as many as the process may use: `taskset -c 0` gives one). A peer's time counts if its hypergradient is right: its
-relative error to ours in float64 is at most ten times that of ours in float32, or 1e-5. Run it again to go on where it
-stopped: what the file holds is not measured again.
+Same problem (peers_problems.py), inner solution, number of linear-solver products or unrolled steps, tolerance of
+conjugate gradients where there is one, dtype and threads (as many as the process may use: `taskset -c 0` gives one). A
+peer's time counts if its hypergradient is right: its relative error to ours in float64 is at most ten times that of
+ours in float32, or 1e-5. Run it again to go on where it stopped: what the file holds is not measured again.
 """
 
 import argparse
@@ -40,9 +40,10 @@ MODULES = {
     "boat-torch": "peers_torch",
     "hypergrad": "peers_torch",
     "hypertorch": "peers_torch",
+    "torch.compile": "peers_torch",
 }
-STATED = "hypertorch"
-"""Not on PyPI: its methods are stated in peers_torch.py."""
+STATED = ("hypertorch", "torch.compile")
+"""Not on PyPI, or no library: stated in peers_torch.py, in terms of PyTorch."""
 OURS = "funcbilevel"
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 ROUNDING = 1e-5
@@ -57,7 +58,7 @@ def builders(peer: str) -> dict[str, Callable[[Case], Callable[[], Any]]]:
 def installed(peer: str) -> str | None:
     """The version of a peer, or None."""
     try:
-        return version("torch" if peer == STATED else peer)
+        return version("torch" if peer in STATED else peer)
     except PackageNotFoundError:
         return None
 
@@ -75,6 +76,7 @@ OFFERS: Mapping[str, Sequence[str]] = {
     "boat-torch": METHODS,
     "hypergrad": METHODS,
     "hypertorch": METHODS,
+    "torch.compile": METHODS,
 }
 
 
@@ -149,8 +151,8 @@ def settings_of(name: str, peer: str, steps: int, clock: str) -> dict[str, Any]:
 def _record(method: str, settings: Mapping[str, Any], metrics: Mapping[str, Any], seconds: float) -> _records.Record:
     peer = settings["peer"]
     record = _records.record("peers", method, 0, settings, metrics, seconds)
-    own = {} if peer in (OURS, STATED) else {peer: installed(peer) or ""}
-    torch = {"torch": installed(STATED) or ""} if MODULES.get(peer) == "peers_torch" else {}
+    own = {} if peer in (OURS, *STATED) else {peer: installed(peer) or ""}
+    torch = {"torch": installed("torch") or ""} if MODULES.get(peer) == "peers_torch" else {}
     record["versions"] = record["versions"] | own | torch
     return record
 
@@ -244,6 +246,9 @@ def _preamble(records: Sequence[_records.Record]) -> str:
         f"{machine['cpu']} ({machine['cpu_count']} cores). Numbers are the peer's time over ours "
         f"({settings['clock']} clock), medians of turns in one process; a time counts only if the gradient is right, "
         "and `error` is the relative error to float64 of one that is not. A dash: the peer does not offer it.\n\n"
+        "Conjugate gradients end early where the relative residual is rounding error: ours by themselves, jaxopt's, "
+        "torchopt's and hypertorch's by a tolerance; the others make every product. Two peers are stated here: "
+        "hypertorch's methods, and torch.func's products compiled to one graph by torch.compile.\n\n"
         f"{listed}.\n"
     )
 

@@ -61,7 +61,7 @@ def jaxopt_cg(case: Case) -> Callable[[], Any]:
     L_in, L_out = inner(case), outer(case)
 
     def solve(matvec: Any, b: Any) -> Any:
-        return jaxopt.linear_solve.solve_cg(matvec, b, tol=0.0, maxiter=case.steps)
+        return jaxopt.linear_solve.solve_cg(matvec, b, tol=case.rtol, maxiter=case.steps)
 
     def gradient(omega: Array, theta: Theta, inner_batch: Any, outer_batch: Any) -> Any:
         def stationarity(theta: Theta, omega: Array, batch: Any) -> Theta:

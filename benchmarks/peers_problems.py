@@ -63,6 +63,7 @@ class Case(NamedTuple):
         omega, theta, inner_batch, outer_batch: NumPy arrays of the dtype.
         step_size: 1 / largest eigenvalue of the inner Hessian at theta, of the Neumann series and of the inner steps.
         steps: products of the linear solver, or unrolled gradient steps from theta.
+        rtol: relative residual at which conjugate gradients may stop before: rounding error, where ours stop.
     """
 
     inner: Objective
@@ -73,6 +74,7 @@ class Case(NamedTuple):
     outer_batch: tuple[np.ndarray, ...]
     step_size: float
     steps: int
+    rtol: float = 8 * float(np.finfo(np.float32).eps)
 
 
 # Objectives.

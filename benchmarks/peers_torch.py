@@ -1,4 +1,4 @@
-"""The hypergradient by torchopt, betty, boat and hypergrad, and by hypertorch's methods, which are stated here."""
+"""The hypergradient by torchopt, betty, boat and hypergrad, and what is stated here: hypertorch's, torch.func's."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -276,7 +276,7 @@ def hypertorch(method: str) -> Builder:
             mapped = step(w, params)
             J = partial(torch.autograd.grad, mapped, params, retain_graph=True)
             if method == "cg":
-                v = conjugate_gradients(lambda v: [x - j for x, j in zip(v, J(v))], rhs, case.steps)
+                v = conjugate_gradients(lambda v: [x - j for x, j in zip(v, J(v))], rhs, case.steps, case.rtol)
             else:
                 v = rhs
                 for _ in range(case.steps):
@@ -288,14 +288,17 @@ def hypertorch(method: str) -> Builder:
     return build
 
 
-def conjugate_gradients(matvec: Callable[[Any], Any], rhs: Any, steps: int) -> Any:
-    """`steps` iterations from zero."""
+def conjugate_gradients(matvec: Callable[[Any], Any], rhs: Any, steps: int, rtol: float = 0.0) -> Any:
+    """`steps` iterations from zero, or fewer with a tolerance (without one there is nothing to decide at run time)."""
 
     def dot(a: Any, b: Any) -> Array:
         return sum(torch.sum(x * y) for x, y in zip(a, b))
 
     x, r, p, rr = [torch.zeros_like(b) for b in rhs], rhs, rhs, dot(rhs, rhs)
+    least = rtol**2 * rr
     for _ in range(steps):
+        if rtol and rr <= least:
+            break
         Ap = matvec(p)
         alpha = rr / dot(p, Ap)
         x = [a + alpha * b for a, b in zip(x, p)]
@@ -305,9 +308,47 @@ def conjugate_gradients(matvec: Callable[[Any], Any], rhs: Any, steps: int) -> A
     return x
 
 
+# torch.func under torch.compile, which refuses the `create_graph` of those above: Hessian-vector products forward over
+# reverse, the whole hypergradient one graph.
+
+
+def compiled(method: str) -> Builder:
+    def build(case: Case) -> Callable[[], Any]:
+        torch.compiler.reset()  # or the ninth problem is refused as a recompilation of the first
+        L_in, L_out = objectives(case)
+        omega, theta, _, _ = tensors(case)
+        stationarity = torch.func.grad(L_in, argnums=1)
+
+        def solve(w: Array, params: Theta, rhs: Sequence[Array]) -> Sequence[Array]:
+            def H(v: Sequence[Array]) -> Sequence[Array]:
+                return torch.func.jvp(lambda p: stationarity(w, p), (params,), (tuple(v),))[1]
+
+            if method == "aid-cg":
+                return conjugate_gradients(H, rhs, case.steps)
+            v = rhs
+            for _ in range(case.steps):
+                v = [b + x - case.step_size * h for b, x, h in zip(rhs, v, H(v))]
+            return [case.step_size * x for x in v]
+
+        def implicit(w: Array, params: Theta) -> Array:
+            explicit, rhs = torch.func.grad(L_out, argnums=(0, 1))(w, params)
+            _, transposed = torch.func.vjp(lambda w: stationarity(w, params), w)
+            return explicit - transposed(tuple(solve(w, params, rhs)))[0]
+
+        def unrolled(w: Array, params: Theta) -> Array:
+            for _ in range(case.steps):
+                params = tuple(p - case.step_size * g for p, g in zip(params, stationarity(w, params)))
+            return L_out(w, params)
+
+        gradient = torch.func.grad(unrolled) if method == "itd" else implicit
+        return partial(torch.compile(gradient, fullgraph=True), omega, theta)
+
+    return build
+
+
 PEERS: dict[str, dict[str, Builder]] = {
     "torchopt": {
-        "aid-cg": torchopt_root(lambda s, case: s.solve_cg(maxiter=case.steps, rtol=0.0)),
+        "aid-cg": torchopt_root(lambda s, case: s.solve_cg(maxiter=case.steps, rtol=case.rtol)),
         "aid-neumann": torchopt_root(lambda s, case: s.solve_inv(ns=True, maxiter=case.steps, alpha=case.step_size)),
         "itd": torchopt_itd,
     },
@@ -323,4 +364,5 @@ PEERS: dict[str, dict[str, Builder]] = {
         "aid-neumann": hypertorch("fixed-point"),
         "itd": hypertorch("reverse"),
     },
+    "torch.compile": {method: compiled(method) for method in ("aid-cg", "aid-neumann", "itd")},
 }
