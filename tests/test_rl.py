@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -455,6 +456,23 @@ def test_restarted_adam_is_sign_descent(cartpole):
             assert np.all(moved < 1.02)
 
 
+def test_inner_steps_are_made_on_one_batch(cartpole):
+    """Of model-free learning, whose outer level does nothing, three at a time are three steps."""
+    transition = some_transitions(np.random.default_rng(0), 16, dtype=np.float32)
+    target_params = rl.init_q(jax.random.key(1), cartpole, 8)
+    omega = rl.init_world_model(jax.random.key(2), cartpole, 3)
+    batch = rl.Batch(transition, target_params)
+    moved = {}
+    for inner_steps, calls in ((1, 3), (3, 1), (3, 2)):
+        solver = rl.agent(cartpole, "model-free", SETTING._replace(inner_steps=inner_steps))
+        state = solver.init(jax.random.key(0), omega, batch)
+        for _ in range(calls):
+            state, _ = jax.jit(solver.step)(state, batch, batch)
+        moved[inner_steps, calls] = state.inner_params
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), moved[1, 3], moved[3, 1])
+    assert any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (moved[3, 1], moved[3, 2])), strict=True))
+
+
 def test_bad_arguments(cartpole):
     with pytest.raises(ValueError, match=r"method must be one of funcid-pointwise, .*got 'sarsa'"):
         rl.agent(cartpole, "sarsa", SETTING)
@@ -521,7 +539,8 @@ def test_compare_selects_by_the_mean_return_of_other_seeds(tmp_path, monkeypatch
     monkeypatch.setitem(rl.METHODS, "mle", rl.METHODS["mle"]._replace(trials=trials))
     # As many seeds and steps in the runs as in the selection: the chosen trial's program serves both.
     args = ("compare", "cartpole", *TINY, "--model-widths", "3", "--methods", "mle", "--seeds", "3", "--select")
-    args = (*args, "--value-bound", "100", "--selection-steps", "1040", "--output-dir", str(tmp_path))
+    args = (*args, "--value-bound", "100", "--inner-steps", "2", "--selection-steps", "1040")
+    args = (*args, "--output-dir", str(tmp_path))
     cli.main(args)
     tried = list(_records.read(tmp_path / "selection.jsonl"))
     assert [r["seed"] for r in tried] == 2 * list(rl_commands.SELECTION_SEEDS)
@@ -537,6 +556,7 @@ def test_compare_selects_by_the_mean_return_of_other_seeds(tmp_path, monkeypatch
     for record in records:
         assert record["settings"]["inner_learning_rate"] == max(mean, key=mean.__getitem__)
         assert record["settings"]["value_bound"] == 100.0
+        assert record["settings"]["inner_steps"] == 2
     before = (tmp_path / "selection.jsonl").read_text()
     cli.main(args)  # nothing is left to do
     assert (tmp_path / "selection.jsonl").read_text() == before
@@ -584,6 +604,7 @@ def test_pendulum_by_the_same_agents(tmp_path):
         ("compare", ("--methods", "mle", "dqn"), r"--methods must be among .*got 'dqn'"),
         ("run", ("--steps", "1000"), r"--steps must be more than the 1000 random ones .*got 1000"),
         ("run", ("--seeds", "0"), r"--seeds must be at least 1, got 0"),
+        ("run", ("--inner-steps", "0"), r"--inner-steps must be at least 1, got 0"),
         ("run", ("--model-width", "0"), r"--model-width must be at least 1, got 0"),
         ("compare", ("--model-widths", "3", "0"), r"--model-widths must be at least 1, got \(3, 0\)"),
         ("run", ("--value-bound", "-1"), r"--value-bound must be positive, got -1"),

@@ -288,6 +288,7 @@ class Setting(NamedTuple):
     Attributes:
         model_width: of the hidden layers of the world model.
         steps: of the environment, the first random ones included.
+        inner_steps: of Adam on theta per step of the environment, all on one batch; one outer step follows.
         inner_learning_rate, outer_learning_rate: of Adam on theta and omega.
         warm_adam: whether Adam's moments on theta are kept from step to step. The published code restarts them for
             FuncID and OMD, and keeps them for MLE and VEP. The first step of Adam is learning rate times sign.
@@ -308,6 +309,7 @@ class Setting(NamedTuple):
 
     model_width: int = 3
     steps: int = 50_000
+    inner_steps: int = 1
     inner_learning_rate: float = 3e-3
     outer_learning_rate: float = 1e-3
     warm_adam: bool = True
@@ -411,6 +413,7 @@ def agent(environment: Environment, method: str, setting: Setting) -> fb.Bilevel
         METHODS[method].estimator(setting),
         inner_optimizer=optax.adam(setting.inner_learning_rate, b1, b2),
         outer_optimizer=optax.adam(setting.outer_learning_rate),
+        inner_steps=setting.inner_steps,
     )
 
 

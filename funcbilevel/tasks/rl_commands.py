@@ -41,6 +41,8 @@ class _Shared(_records.Options):
     """Number of seeds, from --seed on; they are trained together."""
     steps: int = 50_000
     """Steps of the environment per seed."""
+    inner_steps: int = 1
+    """Of the Q-networks per step of the environment, on one batch."""
     inner_learning_rate: float | None = None
     """Of the Q-networks; by default the method's own."""
     outer_learning_rate: float | None = None
@@ -57,7 +59,7 @@ class _Shared(_records.Options):
     def check(self) -> None:
         """Raises a ValueError that names an option out of range."""
         first = rl.Setting().random_steps
-        self.check_counts("seeds")
+        self.check_counts("seeds", "inner_steps")
         if self.steps <= first:
             raise ValueError(f"--steps must be more than the {first} random ones at the beginning, got {self.steps}.")
         if self.evaluation_interval < 1 or (self.steps - first) % self.evaluation_interval:
@@ -78,7 +80,10 @@ class _Shared(_records.Options):
     def setting(self, method: str, model_width: int) -> rl.Setting:
         """The method's own setting, with the options that were given."""
         setting = rl.Setting(
-            model_width=model_width, steps=self.steps, evaluation_interval=self.evaluation_interval
+            model_width=model_width,
+            steps=self.steps,
+            inner_steps=self.inner_steps,
+            evaluation_interval=self.evaluation_interval,
         )._replace(**rl.METHODS[method].chosen)
         names = ("inner_learning_rate", "outer_learning_rate", "warm_adam", "tau", "value_bound")
         given = {name: getattr(self, name) for name in names}
