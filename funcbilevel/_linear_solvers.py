@@ -10,7 +10,17 @@ import jax.numpy as jnp
 import jax.scipy.sparse.linalg as sparse
 
 from funcbilevel._check import check_at_least, check_number, check_positive
-from funcbilevel._tree import tree_add_scaled, tree_norm, tree_vdot
+from funcbilevel._tree import (
+    all_finite,
+    tree_add_scaled,
+    tree_cast,
+    tree_exponent,
+    tree_ldexp,
+    tree_norm,
+    tree_vdot,
+    tree_where,
+    working_dtype,
+)
 from funcbilevel._typing import LinearMap, Metrics, PyTree
 
 if TYPE_CHECKING:
@@ -21,8 +31,10 @@ class LinearSolver(NamedTuple):
     """An approximate solver of A u = b for a symmetric A.
 
     Attributes:
-        solve: `(matvec, rhs, initial) -> solution`; all but `matvec` (A as a function) are pytrees like inner_params,
-            or `initial` is None: a start at zero, where A need not be applied.
+        solve: `(matvec, rhs, initial) -> solution`; all but `matvec` (A as a function) are pytrees of the structure of
+            inner_params, or `initial` is None: a start at zero, where A need not be applied. Their leaves have one
+            dtype, the widest of those of inner_params and float32 at least, and `rhs` is scaled to a size near one, so
+            that no inner product under- or overflows.
         damping: delta >= 0, added to the diagonal before `solve` sees the matrix.
     """
 
@@ -32,6 +44,9 @@ class LinearSolver(NamedTuple):
 
 def cg(num_steps: int, damping: float = 0.0, rtol: float = 0.0) -> LinearSolver:
     """Conjugate gradients: one Hessian product per step; for a positive definite Hessian.
+
+    Where the curvature along a step's direction is negative, or zero to rounding, there is nothing to minimise: the
+    solver stops with what it has, and `linear_converged` in the metrics is false.
 
     Arguments:
         num_steps: largest number of steps K >= 1.
@@ -75,7 +90,7 @@ def normal_cg(num_steps: int, damping: float = 0.0, rtol: float = 0.0) -> Linear
     _check("normal_cg", num_steps, damping, rtol)
 
     def solve(matvec: LinearMap, rhs: PyTree, initial: PyTree | None) -> PyTree:
-        return conjugate_gradients(lambda u: matvec(matvec(u)), matvec(rhs), initial, num_steps, rtol)
+        return conjugate_gradients(lambda u: matvec(matvec(u)), matvec(rhs), initial, num_steps, rtol, power=2)
 
     return LinearSolver(solve, damping)
 
@@ -224,6 +239,51 @@ def as_linear_solver(solver: Any) -> LinearSolver:
     )
 
 
+def solve_linear(
+    solver: LinearSolver, matvec: LinearMap, rhs: PyTree, initial: PyTree | None
+) -> tuple[PyTree, Metrics]:
+    """The solution of (A + damping) u = b in `working_dtype`, NaN where A or b holds NaN, and its `linear_metrics`.
+
+    The solver gets b scaled to a size near one, by a power of two, which changes no digit of the result.
+    """
+    dtype, exponent = working_dtype(rhs), tree_exponent(rhs)
+    product = in_working_dtype(matvec, rhs)
+
+    def damped(u: PyTree) -> PyTree:
+        return tree_add_scaled(product(u), solver.damping, u)
+
+    b = tree_ldexp(tree_cast(rhs, dtype), -exponent)
+    if initial is not None:
+        start = tree_ldexp(tree_cast(initial, dtype), -exponent)
+        initial = tree_where(all_finite(start), start, jax.tree.map(jnp.zeros_like, start))
+    u = solver.solve(damped, b, initial)
+    metrics = linear_metrics(damped, b, u)
+    u = nan_unless(~jnp.isnan(metrics["linear_residual"]), tree_ldexp(u, exponent))
+    return u, metrics
+
+
+def in_working_dtype(f: LinearMap, like: PyTree) -> LinearMap:
+    """f, which takes leaves of the dtypes of `like`, as a map on trees in `working_dtype`, with results at least that.
+
+    In half precision the argument is brought near one before, and the result back after, lest they under- or overflow.
+    """
+    dtype = working_dtype(like)
+    if all(x.dtype == dtype for x in jax.tree.leaves(like)):
+        return f
+
+    def wide(t: PyTree) -> PyTree:
+        exponent = tree_exponent(t)
+        image = f(tree_cast(tree_ldexp(t, -exponent), like))
+        return tree_ldexp(jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, dtype)), image), exponent)
+
+    return wide
+
+
+def nan_unless(condition: jax.Array, tree: PyTree) -> PyTree:
+    """`tree`, or NaN everywhere: a solver that met NaN must not answer with the number it started from."""
+    return jax.tree.map(lambda x: jnp.where(condition, x, jnp.nan), tree)
+
+
 def linear_metrics(matvec: LinearMap, rhs: PyTree, solution: PyTree) -> Metrics:
     """How good a solution of A u = b is, from one product A u.
 
@@ -231,59 +291,85 @@ def linear_metrics(matvec: LinearMap, rhs: PyTree, solution: PyTree) -> Metrics:
     machine epsilon; `linear_curvature` is <u, A u> / <u, u>, negative only if A is not positive semidefinite.
     """
     product = matvec(solution)
-    size, norm_squared = tree_norm(rhs), tree_vdot(solution, solution)
+    size, exponent = tree_norm(rhs), tree_exponent(solution)
     residual = tree_norm(tree_add_scaled(rhs, -1.0, product)) / jnp.where(size > 0, size, 1.0)
+    u, Au = tree_ldexp(solution, -exponent), tree_ldexp(product, -exponent)
+    norm_squared = tree_vdot(u, u)
     return {
         "linear_residual": residual,
         "linear_converged": residual <= jnp.sqrt(jnp.finfo(residual.dtype).eps),
-        "linear_curvature": tree_vdot(solution, product) / jnp.where(norm_squared > 0, norm_squared, 1.0),
+        "linear_curvature": tree_vdot(u, Au) / jnp.where(norm_squared > 0, norm_squared, 1.0),
     }
 
 
 class CGState(NamedTuple):
-    """Of conjugate gradients, after `steps` steps: solution u, residual r = b - A u, direction p, <r, r>."""
+    """Of conjugate gradients, after `steps` steps.
+
+    Attributes:
+        u: the solution so far.
+        r: its residual b - A u.
+        p: the next direction.
+        rr: <r, r>.
+        largest: the largest curvature <p, A p> / <p, p> along a direction so far.
+        positive: whether the last direction's was positive; if not, its step was not made.
+    """
 
     steps: jax.Array
     u: PyTree
     r: PyTree
     p: PyTree
     rr: jax.Array
+    largest: jax.Array
+    positive: jax.Array
 
 
 def conjugate_gradients(
-    matvec: LinearMap, rhs: PyTree, initial: PyTree | None, num_steps: int, rtol: float = 0.0
+    matvec: LinearMap, rhs: PyTree, initial: PyTree | None, num_steps: int, rtol: float = 0.0, power: int = 1
 ) -> PyTree:
     """At most `num_steps` steps; stops where the residual is rounding error, so that nothing divides by zero.
+
+    It also stops, with what it has, at a direction of negative curvature, or of one that is rounding error beside the
+    largest so far: to the power of `power`, for an A that is one of a matrix.
 
     A product per step, and one more for the residual of a start that is not zero. (`jax.scipy.sparse.linalg.cg` makes
     that one always, which is a tenth of the time with ten steps.) The derivative is that of the exact solution.
     """
     tol = max(rtol, _rounding(rhs))
+    negligible = float(jnp.finfo(working_dtype(rhs)).eps) ** power
 
     def loop(matvec: LinearMap, b: PyTree) -> PyTree:
         least = tol**2 * tree_vdot(b, b)
-        u = jax.tree.map(jnp.zeros_like, b) if initial is None else initial
-        r = b if initial is None else tree_add_scaled(b, -1.0, matvec(initial))
+        zero = jax.tree.map(jnp.zeros_like, b)
+        u, r, rr = zero, b, tree_vdot(b, b)
+        if initial is not None:
+            residual = tree_add_scaled(b, -1.0, matvec(initial))
+            warm = tree_vdot(residual, residual)
+            u, r, rr = tree_where(jnp.isfinite(warm), (initial, residual, warm), (u, r, rr))
 
         def running(state: CGState) -> jax.Array:
-            return (state.steps < num_steps) & (state.rr > least)
+            return (state.steps < num_steps) & (state.rr > least) & state.positive
 
         def step(state: CGState) -> CGState:
-            steps, u, r, p, rr = state
+            steps, u, r, p, rr, largest, _ = state
             Ap = matvec(p)
-            alpha = rr / tree_vdot(p, Ap)
+            pAp, pp = tree_vdot(p, Ap), tree_vdot(p, p)
+            largest = jnp.maximum(largest, pAp / pp)
+            positive = pAp > negligible * largest * pp
+            alpha = jnp.where(positive, rr / jnp.where(positive, pAp, 1.0), 0.0)
             r = tree_add_scaled(r, -alpha, Ap)
             after = tree_vdot(r, r)
-            return CGState(steps + 1, tree_add_scaled(u, alpha, p), r, tree_add_scaled(r, after / rr, p), after)
+            u, p = tree_add_scaled(u, alpha, p), tree_add_scaled(r, after / rr, p)
+            return CGState(steps + 1, u, r, p, after, largest, positive)
 
-        return jax.lax.while_loop(running, step, CGState(jnp.zeros((), jnp.int32), u, r, r, tree_vdot(r, r))).u
+        start = CGState(jnp.zeros((), jnp.int32), u, r, r, rr, jnp.zeros_like(rr), jnp.array(True))
+        return jax.lax.while_loop(running, step, start).u
 
     return jax.lax.custom_linear_solve(matvec, rhs, loop, symmetric=True)
 
 
 def _rounding(tree: PyTree) -> float:
     """A relative residual that is attainable: asked for less, conjugate gradients go on and may blow up."""
-    return 8.0 * float(jnp.finfo(jnp.result_type(*jax.tree.leaves(tree))).eps)
+    return 8.0 * float(jnp.finfo(working_dtype(tree)).eps)
 
 
 def _scaled(tree: PyTree, scale: float) -> PyTree:

@@ -11,9 +11,14 @@ from funcbilevel._typing import Metrics, PyTree
 
 
 def tree_vdot(a: PyTree, b: PyTree) -> jax.Array:
-    """<a, b>, summed over all leaves."""
+    """<a, b>, summed over all leaves, in float32 at least: in half precision the squares of small numbers are zero."""
+
     # Not `vdot`, whose contraction JAX refuses over an axis that is sharded explicitly.
-    return jax.tree.reduce(operator.add, jax.tree.map(lambda x, y: jnp.sum(x * y), a, b))
+    def vdot(x: jax.Array, y: jax.Array) -> jax.Array:
+        dtype = jnp.promote_types(jnp.result_type(x, y), jnp.float32)
+        return jnp.sum(x.astype(dtype) * y.astype(dtype))
+
+    return jax.tree.reduce(operator.add, jax.tree.map(vdot, a, b))
 
 
 def moments(phi: jax.Array, t: jax.Array) -> jax.Array:
@@ -24,8 +29,41 @@ def moments(phi: jax.Array, t: jax.Array) -> jax.Array:
 
 
 def tree_norm(tree: PyTree) -> jax.Array:
-    """Euclidean norm of all leaves together."""
-    return jnp.sqrt(tree_vdot(tree, tree))
+    """Euclidean norm of all leaves together, wherever the norm itself is a number that the dtype holds."""
+    exponent = tree_exponent(tree)
+    unit = tree_ldexp(tree_cast(tree, working_dtype(tree)), -exponent)
+    return jnp.ldexp(jnp.sqrt(tree_vdot(unit, unit)), exponent)
+
+
+def working_dtype(tree: PyTree) -> Any:
+    """The dtype that holds all leaves, float32 at least: in which to compute with vectors like `tree`."""
+    return jnp.result_type(jnp.float32, *(jnp.result_type(x) for x in jax.tree.leaves(tree)))
+
+
+def tree_cast(tree: PyTree, dtypes: Any) -> PyTree:
+    """All leaves in one dtype; or each in that of the same leaf of a tree."""
+    if isinstance(dtypes, jnp.dtype):
+        return jax.tree.map(lambda x: x.astype(dtypes), tree)
+    return jax.tree.map(lambda x, y: x.astype(y.dtype), tree, dtypes)
+
+
+def tree_exponent(tree: PyTree) -> jax.Array:
+    """e with 2^e near the largest absolute value: tree / 2^e neither over- nor underflows when it is squared.
+
+    An int32 scalar; 0 if all is zero or not all finite. Held fixed by differentiation.
+    """
+    dtype = working_dtype(tree)
+    sizes = [jnp.max(jnp.abs(x)).astype(dtype) for x in jax.tree.leaves(tree) if x.size]
+    largest = jax.lax.stop_gradient(jnp.max(jnp.stack(sizes))) if sizes else jnp.zeros((), dtype)
+    usual = jnp.isfinite(largest) & (largest > 0)
+    exponent = jnp.frexp(jnp.where(usual, largest, 1.0))[1].astype(jnp.int32)
+    limit = int(jnp.finfo(dtype).maxexp) - 28  # 2^e and 2^-e are normal numbers
+    return jnp.where(usual, jnp.clip(exponent, -limit, limit), 0)
+
+
+def tree_ldexp(tree: PyTree, exponent: jax.Array) -> PyTree:
+    """tree * 2^exponent: exact, but for over- and underflow."""
+    return jax.tree.map(lambda x: x * jnp.ldexp(jnp.ones((), x.dtype), exponent), tree)
 
 
 def tree_add_scaled(a: PyTree, scale: Any, b: PyTree) -> PyTree:

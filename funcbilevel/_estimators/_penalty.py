@@ -18,7 +18,7 @@ from funcbilevel._problem import (
     outer_value,
 )
 from funcbilevel._tree import all_finite, stays_finite, tree_add_scaled
-from funcbilevel._typing import Batch, InnerParams, Key, ModelState, OuterParams, PyTree
+from funcbilevel._typing import Batch, InnerParams, Key, Metrics, ModelState, OuterParams, PyTree
 
 
 class Term(Protocol):
@@ -35,8 +35,28 @@ class Term(Protocol):
     ) -> jax.Array: ...
 
 
+class AtTheta(Protocol):
+    """Metrics of the inner solution theta, where d_theta L_out is d."""
+
+    def __call__(
+        self,
+        problem: ParametricProblem,
+        outer_params: OuterParams,
+        theta: InnerParams,
+        inner_batch: Batch,
+        d: InnerParams,
+        /,
+    ) -> Metrics: ...
+
+
 def penalised(
-    name: str, term: Term, optimizer: optax.GradientTransformation, num_steps: int, penalty: float, warm_start: bool
+    name: str,
+    term: Term,
+    optimizer: optax.GradientTransformation,
+    num_steps: int,
+    penalty: float,
+    warm_start: bool,
+    at_theta: AtTheta = lambda *_: {},
 ) -> Estimator:
     r"""The estimator of the penalised problem, with p the term and lambda the penalty.
 
@@ -84,10 +104,11 @@ def penalised(
 
         g_exp = jax.grad(L_out)(outer_params, y)
         g_imp = jax.grad(lambda omega: penalty * p(omega, y))(outer_params)
-        g_exp, g_imp = mean_over_devices(problem, (g_exp, g_imp))
         value, aux, _, d = outer_derivatives(parametric, outer_params, theta, outer_batch)  # at theta, as all report it
+        sound = all_finite(value, d)
         finite = all_finite(y, objective) & stays_finite(start, fitted)
-        metrics = aux | {"penalty_objective": objective, "adjoint_finite": finite | ~all_finite(d)}
+        metrics = aux | {"penalty_objective": objective, "adjoint_finite": finite | ~sound, "outer_finite": sound}
+        metrics |= at_theta(parametric, outer_params, theta, inner_batch, d)
         gradient = tree_add_scaled(g_exp, 1.0, g_imp)
         return inner, Hypergradient(gradient, g_exp, g_imp, value, fitted if warm_start else (), metrics)
 

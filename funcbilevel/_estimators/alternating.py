@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from funcbilevel._estimator import Estimator, Hypergradient, InnerSolution, InnerSolve, no_state
 from funcbilevel._model import Model
-from funcbilevel._problem import Problem, as_parametric, mean_over_devices, outer_value
+from funcbilevel._problem import Problem, as_parametric, outer_value
 from funcbilevel._typing import Batch, Key, OuterParams, PyTree
 
 
@@ -43,7 +43,6 @@ def alternating() -> Estimator:
         (value, aux), g_exp = jax.value_and_grad(
             lambda omega: outer_value(parametric, omega, inner.fit.params, outer_batch), has_aux=True
         )(outer_params)
-        g_exp = mean_over_devices(problem, g_exp)
         zero = jax.tree.map(jnp.zeros_like, g_exp)
         return inner, Hypergradient(g_exp, g_exp, zero, value, state, aux | {"adjoint_finite": jnp.array(True)})
 

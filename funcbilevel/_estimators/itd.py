@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from funcbilevel._check import check_number
 from funcbilevel._estimator import Estimator, Hypergradient, InnerSolution, InnerSolve, no_state
 from funcbilevel._model import Model
-from funcbilevel._problem import Problem, as_parametric, mean_over_devices, outer_value
+from funcbilevel._problem import Problem, as_parametric, outer_value
 from funcbilevel._tree import tree_add_scaled
 from funcbilevel._typing import Batch, Key, Metrics, OuterParams, PyTree
 
@@ -78,7 +78,6 @@ def itd(num_steps: int, mode: Literal["reverse", "forward"] = "reverse", remat: 
         )
         # Forward mode returns the objective's dtype, which may be wider than that of outer_params.
         g_exp, g_imp = (jax.tree.map(lambda g, w: g.astype(w.dtype), g, outer_params) for g in (g_exp, g_imp))
-        g_exp, g_imp = mean_over_devices(problem, (g_exp, g_imp))
         metrics = aux | {"adjoint_finite": jnp.array(True)}
         return inner, Hypergradient(tree_add_scaled(g_exp, 1.0, g_imp), g_exp, g_imp, value, state, metrics)
 
