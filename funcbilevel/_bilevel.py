@@ -8,17 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from funcbilevel._check import (
-    as_float_tree,
-    check_inner,
-    check_leading_axis,
-    check_number,
-    check_optimizer,
-    check_outer,
-    check_outer_model,
-    check_setup,
-    problem_inputs,
-)
+from funcbilevel._arguments import as_float_tree, check_leading_axis, check_number, check_optimizer
+from funcbilevel._check import check_inner, check_outer, check_outer_model, check_setup, problem_inputs
 from funcbilevel._estimator import Estimator, Hypergradient, InnerSolution, InnerSolve
 from funcbilevel._fit import FitState, fit
 from funcbilevel._model import Model

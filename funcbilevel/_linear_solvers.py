@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import jax.scipy.sparse.linalg as sparse
 
-from funcbilevel._check import check_at_least, check_number, check_positive
+from funcbilevel._arguments import check_at_least, check_number, check_positive
 from funcbilevel._tree import tree_add_scaled, tree_norm, tree_vdot
 from funcbilevel._typing import LinearMap, Metrics, PyTree
 

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 import jax
 import optax
 
-from funcbilevel._check import check_number, check_optimizer, check_positive
+from funcbilevel._arguments import check_number, check_optimizer, check_positive
 from funcbilevel._estimator import Estimator, Hypergradient, InnerSolution, InnerSolve
 from funcbilevel._fit import FitState, fit
 from funcbilevel._model import Model

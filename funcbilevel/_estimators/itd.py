@@ -5,7 +5,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from funcbilevel._check import check_number
+from funcbilevel._arguments import check_number
 from funcbilevel._estimator import Estimator, Hypergradient, InnerSolution, InnerSolve, no_state
 from funcbilevel._model import Model
 from funcbilevel._problem import Problem, as_parametric, mean_over_devices, outer_value

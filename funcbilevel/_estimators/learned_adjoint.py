@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import optax
 
-from funcbilevel._check import check_like, check_number, check_optimizer
+from funcbilevel._arguments import check_like, check_number, check_optimizer
 from funcbilevel._estimator import Adjoint, AdjointSystem
 from funcbilevel._features import Features, check_is_features, evaluate_features
 from funcbilevel._fit import FitState, fit

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from funcbilevel._check import check_at_least, check_number
+from funcbilevel._arguments import check_at_least, check_number
 from funcbilevel._estimator import Adjoint, AdjointSystem, no_state
 from funcbilevel._features import Features, check_is_features, evaluate_features
 from funcbilevel._fit import FitState

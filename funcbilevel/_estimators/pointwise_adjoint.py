@@ -5,7 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from funcbilevel._check import check_like
+from funcbilevel._arguments import check_like
 from funcbilevel._estimator import Adjoint, AdjointSystem, no_state
 from funcbilevel._fit import FitState
 from funcbilevel._linear_solvers import linear_metrics
