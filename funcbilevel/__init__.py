@@ -9,6 +9,8 @@ from funcbilevel._cost import CostTable as CostTable
 from funcbilevel._cost import compare_costs as compare_costs
 from funcbilevel._cost import cost as cost
 from funcbilevel._cost import measure_costs as measure_costs
+from funcbilevel._draws import Minibatches as Minibatches
+from funcbilevel._draws import Sampler as Sampler
 from funcbilevel._estimator import Adjoint as Adjoint
 from funcbilevel._estimator import AdjointSystem as AdjointSystem
 from funcbilevel._estimator import Estimator as Estimator

@@ -1,14 +1,11 @@
-"""Checks of what the user hands in: at trace time, naming what was got, what was expected and the mend."""
+"""Checks of a problem's set-up on actual batches: at trace time, with what was got, what was expected and the mend."""
 
-import math
-import numbers
-from collections.abc import Callable
+import warnings
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
 from funcbilevel._estimator import Estimator
 from funcbilevel._model import Model
@@ -19,59 +16,11 @@ from funcbilevel._problem import (
     inner_value,
     outer_value,
 )
-from funcbilevel._tree import path_name
+from funcbilevel._tracing import dependence
+from funcbilevel._tree import at_path, path_name
 from funcbilevel._typing import Batch, InnerParams, Inputs, ModelState, OuterParams, Prediction, PyTree
 
-# Numbers.
-
-
-def check_number(function: str, name: str, value: Any, low: int = 1) -> None:
-    """An int of at least `low`: a number of steps is part of the compiled program."""
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{function}: {name} must be a Python int, got {value!r} of type {type(value).__name__}.")
-    if value < low:
-        raise ValueError(f"{function}: {name} must be at least {low}, got {value}.")
-
-
-def check_at_least(function: str, name: str, value: Any, low: float) -> None:
-    """A finite number >= `low`; a traced value passes unseen."""
-    _check_range(function, name, value, f">= {low:g}", lambda x: x >= low)
-
-
-def check_positive(function: str, name: str, value: Any) -> None:
-    """A finite number > 0; a traced value passes unseen."""
-    _check_range(function, name, value, "> 0", lambda x: x > 0)
-
-
-def _check_range(function: str, name: str, value: Any, expected: str, holds: Callable[[float], bool]) -> None:
-    if isinstance(value, Tracer):
-        return
-    is_number = isinstance(value, numbers.Real) or (hasattr(value, "dtype") and np.shape(value) == ())
-    if isinstance(value, bool) or not is_number:
-        raise TypeError(f"{function}: {name} must be a number {expected}, got {value!r}.")
-    if not (math.isfinite(value) and holds(float(value))):
-        raise ValueError(f"{function}: {name} must be a finite number {expected}, got {value!r}.")
-
-
 # The parts of a solver.
-
-
-def check_callable(function: str, name: str, value: Any) -> None:
-    if not callable(value):
-        raise TypeError(f"{function}: {name} must be callable, got {type(value).__name__}.")
-
-
-def check_optimizer(function: str, name: str, optimizer: Any) -> None:
-    if not (callable(getattr(optimizer, "init", None)) and callable(getattr(optimizer, "update", None))):
-        raise TypeError(
-            f"{function}: {name} must be an optax.GradientTransformation, got {_shown(optimizer)}; "
-            "call the optimizer's factory, for example optax.adam(1e-3)."
-        )
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) < 80 and "\n" not in text else f"an object of type {type(value).__name__}"
 
 
 def check_setup(function: str, problem: Any, model: Any, estimator: Any) -> None:
@@ -131,56 +80,6 @@ def check_outer_model(function: str, outer_model: Any, problem: Problem) -> None
         )
 
 
-# Pytrees.
-
-
-def as_float_tree(function: str, name: str, tree: PyTree) -> PyTree:
-    """`tree` as JAX arrays without weak types, so that a compiled step sees the same types for ever."""
-    leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
-    if not leaves:
-        raise ValueError(f"{function}: {name} is an empty pytree ({tree!r}); it must hold at least one array.")
-    arrays = [_as_float_array(function, f"{name}{_at(path)}", leaf) for path, leaf in leaves]
-    return jax.tree.unflatten(structure, arrays)
-
-
-def _as_float_array(function: str, name: str, leaf: Any) -> jax.Array:
-    try:
-        array = jnp.asarray(leaf)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"{function}: {name} must be an array of floats, got {type(leaf).__name__}.") from error
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise TypeError(
-            f"{function}: {name} must be floating-point, got dtype {array.dtype}; it is optimised by gradients. "
-            "Convert it, for example with jnp.asarray(x, jnp.float32), or close over it in the objectives."
-        )
-    return jax.lax.convert_element_type(array, array.dtype)  # drops the weak type
-
-
-def check_leading_axis(function: str, **batches: PyTree) -> int:
-    """The common leading axis of every leaf: the number of outer steps."""
-    sizes: dict[str, int] = {}
-    for name, tree in batches.items():
-        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-            if np.ndim(leaf) == 0:
-                raise ValueError(
-                    f"{function}: {name}{_at(path)} is a scalar, expected a leading axis of outer steps; stack one "
-                    "batch per step."
-                )
-            sizes[f"{name}{_at(path)}"] = np.shape(leaf)[0]
-    if not sizes:
-        raise ValueError(f"{function}: {', '.join(batches)} hold no arrays; pass one batch per outer step, stacked.")
-    if len(set(sizes.values())) != 1:
-        raise ValueError(
-            f"{function}: all leaves of {' and '.join(batches)} must have the same leading axis (outer steps), "
-            f"got {sizes}."
-        )
-    return next(iter(sizes.values()))
-
-
-def _at(path: tuple[Any, ...]) -> str:
-    return f"['{name}']" if (name := path_name(path)) else ""
-
-
 # The problem on actual batches. All of it under `jax.eval_shape`: nothing is computed.
 
 
@@ -195,8 +94,8 @@ def check_inner(
 ) -> None:
     """The inner objective is a float scalar that depends on what the inner level optimises."""
     name, u = _lower(function, problem, model, inner_params, model_state, inner_batch, "inner_batch")
-    _, depends = _dependence(lambda omega, u: inner_value(problem, omega, u, inner_batch)[0], outer_params, u)
-    if not depends:
+    _, depends = dependence(lambda omega, u: inner_value(problem, omega, u, inner_batch)[0], outer_params, u)
+    if not any(jax.tree.leaves(depends)):
         raise ValueError(
             f"{function}: inner_objective does not depend on {name} (its derivative is identically zero), so "
             f"there is nothing to fit; use the second argument, without jax.lax.stop_gradient."
@@ -214,8 +113,8 @@ def check_outer(
 ) -> None:
     """The outer objective is a float scalar that depends on outer_params or on the inner level."""
     name, u = _lower(function, problem, model, inner_params, model_state, outer_batch, "outer_batch")
-    depends = _dependence(lambda omega, u: outer_value(problem, omega, u, outer_batch)[0], outer_params, u)
-    if not any(depends):
+    depends = dependence(lambda omega, u: outer_value(problem, omega, u, outer_batch)[0], outer_params, u)
+    if not any(jax.tree.leaves(depends)):
         raise ValueError(
             f"{function}: outer_objective depends on neither {name} nor outer_params, so its hypergradient is "
             "identically zero; use the first or the second argument."
@@ -267,12 +166,12 @@ def check_prediction(function: str, name: str, shapes: Prediction, inputs: Input
     for path, leaf in leaves:
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise TypeError(
-                f"{function}: {name}{_at(path)} must be floating-point, got dtype {leaf.dtype}; the objectives are "
+                f"{function}: {name}{at_path(path)} must be floating-point, got dtype {leaf.dtype}; the objectives are "
                 "differentiated by it. Return values before rounding, argmax or a comparison."
             )
         if not leaf.shape or leaf.shape[0] not in sizes:
             raise ValueError(
-                f"{function}: {name}{_at(path)} has shape {leaf.shape}, expected the leading axis of the inputs of "
+                f"{function}: {name}{at_path(path)} has shape {leaf.shape}, expected the leading axis of the inputs of "
                 f"{batch_name} ({' or '.join(map(str, sorted(sizes)))}); the model must return one row per sample."
             )
 
@@ -293,38 +192,41 @@ def check_features(function: str, phi: Any, inputs: Inputs) -> None:
         )
 
 
-def check_like(function: str, name: str, got: PyTree, expected: PyTree, mend: str) -> None:
-    """Same structure, shapes and dtypes; `got` and `expected` hold arrays or shapes."""
-    if jax.tree.structure(got) != jax.tree.structure(expected):
-        raise ValueError(
-            f"{function}: {name} has tree structure {jax.tree.structure(got)}, expected "
-            f"{jax.tree.structure(expected)}; {mend}"
+def warn_of_ignored(function: str, seen: PyTree) -> None:
+    """Names the leaves of inner_params that the inner objective does not see; `seen` is the tree of `dependence`."""
+    leaves = jax.tree_util.tree_flatten_with_path(seen)[0]
+    if ignored := [path_name(path) or "inner_params" for path, is_seen in leaves if not is_seen]:
+        warnings.warn(
+            f"{function}: the inner objective does not depend on {', '.join(ignored)} of inner_params, so that "
+            "its minimiser is not unique; they have no part in the linear system. Leave them out of inner_params, or "
+            "add a term to the objective that sees them, for example a penalty.",
+            stacklevel=2,
         )
-    pairs = zip(jax.tree_util.tree_flatten_with_path(got)[0], jax.tree.leaves(expected), strict=True)
-    for (path, x), y in pairs:
-        if x.shape != y.shape:
-            raise ValueError(f"{function}: {name}{_at(path)} has shape {x.shape}, expected {y.shape}; {mend}")
-        if x.dtype != y.dtype:
-            raise TypeError(f"{function}: {name}{_at(path)} has dtype {x.dtype}, expected {y.dtype}; {mend}")
 
 
-def _dependence(f: Callable[[Any, Any], jax.Array], *args: PyTree) -> list[bool]:
-    """Whether the derivative of f by each argument is more than a structural zero.
+def warn_of_assumptions(function: str, metrics: dict[str, Any]) -> None:
+    """Says so where metrics, if they are numbers already, show that an assumption of the estimator plainly fails."""
+    if any(isinstance(x, jax.core.Tracer) for x in metrics.values()):
+        return
+    relative = metrics.get("inner_gradient_relative")
+    if relative is not None and relative > 0.01:
+        warnings.warn(
+            f"{function}: the inner solution is not a stationary point of the inner objective: its gradient is "
+            f"{float(relative):.2g} times the size of its terms (inner_gradient_relative), and the estimator takes it "
+            f"for zero. {NOT_STATIONARY}",
+            stacklevel=3,
+        )
+    if not metrics.get("adjoint_inputs_match", True):
+        warnings.warn(f"{function}: {INPUTS_DIFFER}", stacklevel=3)
 
-    Each argument passes through an identity whose backward rule leaves a mark: JAX calls the rule while tracing
-    exactly where a derivative path exists.
-    """
-    found = [False] * len(args)
 
-    def marked(i: int) -> Callable[[PyTree], PyTree]:
-        def backward(_: None, cotangent: PyTree) -> tuple[PyTree]:
-            found[i] = True
-            return (cotangent,)
-
-        identity = jax.custom_vjp(lambda x: x)
-        identity.defvjp(lambda x: (x, None), backward)
-        return identity
-
-    marks = [marked(i) for i in range(len(args))]
-    jax.eval_shape(jax.grad(lambda xs: f(*(mark(x) for mark, x in zip(marks, xs, strict=True)))), args)
-    return found
+NOT_STATIONARY = (
+    "Take more inner steps or a larger inner learning rate, or differentiate through the steps that were made with "
+    "fb.itd; a solution with active constraints or at a kink (non-negative least squares, lasso) never becomes "
+    "stationary: fb.itd through projected or proximal steps is right there."
+)
+INPUTS_DIFFER = (
+    "the two batches hold different inputs (adjoint_inputs_match is false), and fb.pointwise_adjoint gives the value "
+    "fitted at one input to another; pass the same inputs in the same order, or use fb.linear_adjoint or "
+    "fb.learned_adjoint."
+)

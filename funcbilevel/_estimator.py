@@ -29,9 +29,11 @@ class Hypergradient(NamedTuple):
         outer_value: L_out, a scalar.
         state: the estimator's state for the next call (the warm start).
         metrics: flat dict of scalars. Always there: `adjoint_finite` (bool: the estimator's own adjoint or
-            linear solution is finite); linear solves add `linear_residual`, `linear_converged` and
-            `linear_curvature`, the learned adjoint `adjoint_objective`; aux of the outer objective is under
-            `outer/<path>`.
+            linear solution is finite, or it is not the adjoint's fault) and, of `hypergradient`, `inner_finite` and
+            `outer_finite`, the same of the inner solution and of the outer level. Estimators that assume a stationary
+            inner point add `inner_gradient_norm` and `inner_gradient_relative`; linear solves `linear_residual`,
+            `linear_converged` and `linear_curvature`, the learned adjoint `adjoint_objective`; aux of the outer
+            objective is under `outer/<path>`.
     """
 
     gradient: OuterParams
@@ -48,10 +50,12 @@ class InnerSolution(NamedTuple):
     Attributes:
         fit: inner_params, optimizer state and model state.
         metrics: `inner_objective` and the inner aux at the last step; empty if no step was taken.
+        diverged: whether the objective and the parameters grew without limit in these steps, finite as they may be.
     """
 
     fit: FitState
     metrics: Metrics
+    diverged: jax.Array
 
 
 class InnerSolve(Protocol):

@@ -5,7 +5,8 @@ from typing import TypeAlias
 
 import jax
 
-from funcbilevel._check import check_callable, check_features
+from funcbilevel._arguments import check_callable
+from funcbilevel._check import check_features
 from funcbilevel._fit import FitState
 from funcbilevel._model import Model
 from funcbilevel._typing import InnerParams, Inputs

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import jax.scipy.sparse.linalg as sparse
 
-from funcbilevel._check import check_at_least, check_number, check_positive
+from funcbilevel._arguments import check_at_least, check_number, check_positive
 from funcbilevel._tree import (
     all_finite,
     tree_add_scaled,
@@ -46,7 +46,7 @@ def cg(num_steps: int, damping: float = 0.0, rtol: float = 0.0) -> LinearSolver:
     """Conjugate gradients: one Hessian product per step; for a positive definite Hessian.
 
     Where the curvature along a step's direction is negative, or zero to rounding, there is nothing to minimise: the
-    solver stops with what it has, and `linear_converged` in the metrics is false.
+    solver stops with its best iterate, and `linear_converged` in the metrics is false.
 
     Arguments:
         num_steps: largest number of steps K >= 1.
@@ -247,36 +247,50 @@ def solve_linear(
     The solver gets b scaled to a size near one, by a power of two, which changes no digit of the result.
     """
     dtype, exponent = working_dtype(rhs), tree_exponent(rhs)
-    product = in_working_dtype(matvec, rhs)
 
-    def damped(u: PyTree) -> PyTree:
-        return tree_add_scaled(product(u), solver.damping, u)
+    def damped(product: LinearMap) -> LinearMap:
+        return lambda u: tree_add_scaled(product(u), solver.damping, u)
 
     b = tree_ldexp(tree_cast(rhs, dtype), -exponent)
     if initial is not None:
         start = tree_ldexp(tree_cast(initial, dtype), -exponent)
         initial = tree_where(all_finite(start), start, jax.tree.map(jnp.zeros_like, start))
-    u = solver.solve(damped, b, initial)
-    metrics = linear_metrics(damped, b, u)
+    u = solver.solve(damped(in_working_dtype(matvec, rhs)), b, initial)
+    metrics = linear_metrics(damped(rescaled(matvec, rhs)), b, u, rhs)
     u = nan_unless(~jnp.isnan(metrics["linear_residual"]), tree_ldexp(u, exponent))
     return u, metrics
 
 
 def in_working_dtype(f: LinearMap, like: PyTree) -> LinearMap:
-    """f, which takes leaves of the dtypes of `like`, as a map on trees in `working_dtype`, with results at least that.
-
-    In half precision the argument is brought near one before, and the result back after, lest they under- or overflow.
-    """
+    """f, which takes leaves of the dtypes of `like`, as a map on trees in `working_dtype`, with results that wide."""
     dtype = working_dtype(like)
-    if all(x.dtype == dtype for x in jax.tree.leaves(like)):
+    if not _is_narrow(like):
         return f
 
     def wide(t: PyTree) -> PyTree:
-        exponent = tree_exponent(t)
-        image = f(tree_cast(tree_ldexp(t, -exponent), like))
-        return tree_ldexp(jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, dtype)), image), exponent)
+        return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, dtype)), f(tree_cast(t, like)))
 
     return wide
+
+
+def rescaled(f: LinearMap, like: PyTree) -> LinearMap:
+    """`in_working_dtype` with an argument brought near one before and the result back after.
+
+    Leaves of `like` in half precision neither under- nor overflow so. (JAX cannot transpose this map.)
+    """
+    wide = in_working_dtype(f, like)
+    if not _is_narrow(like):
+        return wide
+
+    def near_one(t: PyTree) -> PyTree:
+        exponent = tree_exponent(t)
+        return tree_ldexp(wide(tree_ldexp(t, -exponent)), exponent)
+
+    return near_one
+
+
+def _is_narrow(tree: PyTree) -> bool:
+    return any(x.dtype != working_dtype(tree) for x in jax.tree.leaves(tree))
 
 
 def nan_unless(condition: jax.Array, tree: PyTree) -> PyTree:
@@ -284,12 +298,14 @@ def nan_unless(condition: jax.Array, tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: jnp.where(condition, x, jnp.nan), tree)
 
 
-def linear_metrics(matvec: LinearMap, rhs: PyTree, solution: PyTree) -> Metrics:
+def linear_metrics(matvec: LinearMap, rhs: PyTree, solution: PyTree, like: PyTree = None) -> Metrics:
     """How good a solution of A u = b is, from one product A u.
 
-    `linear_residual` is |b - A u| / |b|; `linear_converged` whether it is at most the square root of the dtype's
-    machine epsilon; `linear_curvature` is <u, A u> / <u, u>, negative only if A is not positive semidefinite.
+    `linear_residual` is |b - A u| / |b|; `linear_converged` whether it is at most the square root of the machine
+    epsilon of the narrowest dtype of `like` (or of b), in which A is computed; `linear_curvature` is <u, A u> / <u, u>,
+    negative only if A is not positive semidefinite.
     """
+    eps = max(float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(rhs if like is None else like))
     product = matvec(solution)
     size, exponent = tree_norm(rhs), tree_exponent(solution)
     residual = tree_norm(tree_add_scaled(rhs, -1.0, product)) / jnp.where(size > 0, size, 1.0)
@@ -297,7 +313,7 @@ def linear_metrics(matvec: LinearMap, rhs: PyTree, solution: PyTree) -> Metrics:
     norm_squared = tree_vdot(u, u)
     return {
         "linear_residual": residual,
-        "linear_converged": residual <= jnp.sqrt(jnp.finfo(residual.dtype).eps),
+        "linear_converged": residual <= eps**0.5,
         "linear_curvature": tree_vdot(u, Au) / jnp.where(norm_squared > 0, norm_squared, 1.0),
     }
 
@@ -310,6 +326,7 @@ class CGState(NamedTuple):
         r: its residual b - A u.
         p: the next direction.
         rr: <r, r>.
+        best, best_rr: the solution of the smallest residual so far, and that residual's <r, r>.
         largest: the largest curvature <p, A p> / <p, p> along a direction so far.
         positive: whether the last direction's was positive; if not, its step was not made.
     """
@@ -319,6 +336,8 @@ class CGState(NamedTuple):
     r: PyTree
     p: PyTree
     rr: jax.Array
+    best: PyTree
+    best_rr: jax.Array
     largest: jax.Array
     positive: jax.Array
 
@@ -328,8 +347,9 @@ def conjugate_gradients(
 ) -> PyTree:
     """At most `num_steps` steps; stops where the residual is rounding error, so that nothing divides by zero.
 
-    It also stops, with what it has, at a direction of negative curvature, or of one that is rounding error beside the
-    largest so far: to the power of `power`, for an A that is one of a matrix.
+    It also stops at a direction of negative curvature, or of one that is rounding error beside the largest so far (to
+    the power of `power`, for an A that is one of a matrix), with the iterate of the smallest residual: there A is not
+    positive definite, and what the last iterates minimise has no minimum.
 
     A product per step, and one more for the residual of a start that is not zero. (`jax.scipy.sparse.linalg.cg` makes
     that one always, which is a tenth of the time with ten steps.) The derivative is that of the exact solution.
@@ -350,7 +370,7 @@ def conjugate_gradients(
             return (state.steps < num_steps) & (state.rr > least) & state.positive
 
         def step(state: CGState) -> CGState:
-            steps, u, r, p, rr, largest, _ = state
+            steps, u, r, p, rr, best, best_rr, largest, _ = state
             Ap = matvec(p)
             pAp, pp = tree_vdot(p, Ap), tree_vdot(p, p)
             largest = jnp.maximum(largest, pAp / pp)
@@ -359,10 +379,12 @@ def conjugate_gradients(
             r = tree_add_scaled(r, -alpha, Ap)
             after = tree_vdot(r, r)
             u, p = tree_add_scaled(u, alpha, p), tree_add_scaled(r, after / rr, p)
-            return CGState(steps + 1, u, r, p, after, largest, positive)
+            best, best_rr = tree_where(after < best_rr, (u, after), (best, best_rr))
+            return CGState(steps + 1, u, r, p, after, best, best_rr, largest, positive)
 
-        start = CGState(jnp.zeros((), jnp.int32), u, r, r, rr, jnp.zeros_like(rr), jnp.array(True))
-        return jax.lax.while_loop(running, step, start).u
+        start = CGState(jnp.zeros((), jnp.int32), u, r, r, rr, u, rr, jnp.zeros_like(rr), jnp.array(True))
+        end = jax.lax.while_loop(running, step, start)
+        return tree_where(end.positive, end.u, end.best)
 
     return jax.lax.custom_linear_solve(matvec, rhs, loop, symmetric=True)
 

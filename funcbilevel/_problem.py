@@ -246,7 +246,7 @@ def solve_head(
     g, C = inner_derivatives(problem, outer_params, zero, inner_batch)  # d_v L_in(omega, v) = g + C v
     mean = partial(mean_over_devices, problem)
     # The outer mean is for the derivative: the solve's transpose takes cotangents that are alike on all devices.
-    return mean(model.head.fit(C, -mean(moments(phi, g)), phi, zero, mean))
+    return mean(model.head.fit(C, -mean(moments(phi, g)), phi, zero, mean)).astype(phi.dtype)
 
 
 def _at_optimal_head(problem: FunctionalProblem, ridge: float) -> Callable[..., jax.Array]:
@@ -301,9 +301,7 @@ def outer_derivatives(
     return value, aux, g_exp, d
 
 
-def inner_derivatives(
-    problem: Problem, outer_params: OuterParams, u: PyTree, batch: Batch
-) -> tuple[PyTree, LinearMap]:
+def inner_derivatives(problem: Problem, outer_params: OuterParams, u: PyTree, batch: Batch) -> tuple[PyTree, LinearMap]:
     """d_u L_in(omega, u), and C = d^2_u L_in(omega, u) as a linear map t -> C[t], linearised once.
 
     In a functional problem this acts on predictions: no product with a parameter-space Hessian is formed. The map is

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from funcbilevel._arguments import check_callable, check_number
 from funcbilevel._bilevel import BilevelSolver, BilevelState
-from funcbilevel._check import check_callable, check_number
 from funcbilevel._typing import Batch, Key, Metrics
 
 HostMetrics: TypeAlias = dict[str, np.ndarray[Any, Any]]

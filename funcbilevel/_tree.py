@@ -122,3 +122,8 @@ def scalar_metrics(level: str, aux: PyTree) -> Metrics:
 def path_name(path: tuple[Any, ...]) -> str:
     """'a/0/b' for the key path of a leaf; empty for a tree that is a single leaf."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def at_path(path: tuple[Any, ...]) -> str:
+    """`['a/0/b']`, to stand behind the name of the pytree in a message; empty for a tree that is a single leaf."""
+    return f"['{name}']" if (name := path_name(path)) else ""

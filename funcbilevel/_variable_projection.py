@@ -2,7 +2,8 @@
 
 import jax
 
-from funcbilevel._check import check_at_least, check_is_model, check_number
+from funcbilevel._arguments import check_at_least, check_number
+from funcbilevel._check import check_is_model
 from funcbilevel._model import LinearHead, Model
 from funcbilevel._ridge import ridge_solution
 from funcbilevel._typing import LinearMap

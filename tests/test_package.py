@@ -29,7 +29,8 @@ SHORT = [name.removeprefix("funcbilevel.") for name in MODULES]
 
 LAYERS = [
     {"_typing"},
-    {"_tree", "_model"},
+    {"_tree"},
+    {"_arguments", "_model"},
     {"_partition"},
     {"_problem", "_fit"},
     {"_estimator"},

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 import jax
 import optax
 
-from funcbilevel._check import check_number, check_optimizer, check_positive
+from funcbilevel._arguments import check_number, check_optimizer, check_positive
 from funcbilevel._estimator import Estimator, Hypergradient, InnerSolution, InnerSolve
 from funcbilevel._fit import FitState, fit
 from funcbilevel._model import Model
@@ -94,12 +94,12 @@ def penalised(
         def L_out(omega: OuterParams, y: InnerParams) -> jax.Array:
             return outer_value(parametric, omega, y, outer_batch)[0]
 
-        def value_and_grad(y: InnerParams, model_state: ModelState, _: Any) -> Any:
+        def value_and_grad(y: InnerParams, model_state: ModelState, *_: Any) -> Any:
             value, grad = jax.value_and_grad(lambda y: p(outer_params, y) + L_out(outer_params, y) / penalty)(y)
             return (value, ({}, model_state)), mean_over_devices(problem, grad)
 
         start = state if warm_start else FitState(theta, optimizer.init(theta), ())
-        fitted, objective, _ = fit(value_and_grad, optimizer, num_steps, start, None)
+        fitted, _, objective, _ = fit(value_and_grad, optimizer, num_steps, start, None)
         y = fitted.params
 
         g_exp = jax.grad(L_out)(outer_params, y)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from funcbilevel._check import warn_of_ignored
 from funcbilevel._estimator import Estimator, Hypergradient, InnerSolution, InnerSolve
 from funcbilevel._fit import FitState
-from funcbilevel._linear_solvers import LinearSolver, as_linear_solver, in_working_dtype, solve_linear
+from funcbilevel._linear_solvers import LinearSolver, as_linear_solver, rescaled, solve_linear
 from funcbilevel._model import Model
 from funcbilevel._problem import (
     Problem,
@@ -39,9 +39,9 @@ def aid(linear_solver: LinearSolver | lineax.AbstractLinearSolver[Any], warm_sta
         \nabla F(\omega) &= \partial_\omega L_{out} - \partial_\omega \langle \partial_\theta L_{in}, u\rangle .
 
     The inner gradient is linearised once; each step of the linear solver then costs one Hessian-vector product. Both
-    formulas hold where theta is a stationary point of a smooth inner objective, inside its domain: at a solution with
-    active constraints, or at a kink (lasso, non-negative least squares), and after too few inner steps they give a wrong
-    number, which `inner_gradient_relative` shows and the linear solver's residual does not.
+    formulas hold where theta is a stationary point of a smooth inner objective, inside its domain. At a solution with
+    active constraints or at a kink (non-negative least squares, lasso), and after too few inner steps, they give a
+    wrong number, which `inner_gradient_relative` shows and the linear solver's residual does not.
 
     With `fb.Minibatches` or `fb.Sampler` as inner batch, all products and the cross derivative are taken on one batch:
     the draw after those of the inner steps. A leaf of inner_params that the inner objective does not see has no part in
@@ -104,9 +104,7 @@ def aid(linear_solver: LinearSolver | lineax.AbstractLinearSolver[Any], warm_sta
         initial = part(state) if warm_start else None
         solution, metrics = solve_linear(solver, lambda t: part(hessian(whole(t))), part(d), initial)
         u = tree_cast(whole(solution), working_dtype(theta))
-        cross = in_working_dtype(
-            lambda u: inner_cross_derivative(problem, outer_params, theta, inner_batch, u), theta
-        )(u)
+        cross = rescaled(lambda u: inner_cross_derivative(problem, outer_params, theta, inner_batch, u), theta)(u)
         g_imp = tree_cast(jax.tree.map(jnp.negative, cross), outer_params)
 
         metrics = metrics | stationarity(gradient, hessian(theta)) | aux

@@ -7,6 +7,7 @@ import jax
 
 from funcbilevel._check import check_prediction, problem_inputs
 from funcbilevel._estimator import Adjoint, AdjointSystem, Estimator, Hypergradient, InnerSolution, InnerSolve
+from funcbilevel._linear_solvers import rescaled
 from funcbilevel._problem import (
     FunctionalProblem,
     inner_cross_derivative,
@@ -16,7 +17,7 @@ from funcbilevel._problem import (
     predictor,
     stationarity,
 )
-from funcbilevel._tree import all_finite, stays_finite, tree_add_scaled
+from funcbilevel._tree import all_finite, stays_finite, tree_add_scaled, tree_cast, working_dtype
 from funcbilevel._typing import Batch, InnerParams, Key, OuterParams, Prediction, PyTree
 
 BATCHES = ("inner_batch", "outer_batch")
@@ -85,7 +86,10 @@ def funcid(adjoint: Adjoint) -> Estimator:
         mean = partial(mean_over_devices, problem)
         system = AdjointSystem(C, d, v_P, x_P, x_Q, mean)
         a_P, new_state, metrics = adjoint.fit(system, model, inner.fit, state, key)
-        g_imp = inner_cross_derivative(problem, outer_params, v_P, inner_batch, a_P)
+        cross = rescaled(lambda a: inner_cross_derivative(problem, outer_params, v_P, inner_batch, a), v_P)(
+            tree_cast(a_P, working_dtype(v_P))
+        )
+        g_imp = tree_cast(cross, outer_params)
 
         def pulled(t: Prediction) -> InnerParams:  # J' t
             _, pull = jax.vjp(lambda theta: model.apply(theta, inner.fit.model_state, x_P)[0], inner.fit.params)

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import optax
 
-from funcbilevel._check import check_like, check_number, check_optimizer
+from funcbilevel._arguments import check_like, check_number, check_optimizer
 from funcbilevel._estimator import Adjoint, AdjointSystem
 from funcbilevel._features import Features, check_is_features, evaluate_features
 from funcbilevel._fit import FitState, fit
@@ -108,7 +108,7 @@ def learned_adjoint(
         apply = network(prediction_model).apply
         state = state if warm_start else start(key, prediction_model, x_P)
 
-        def value_and_grad(params: PyTree, model_state: ModelState, _: Any) -> Any:
+        def value_and_grad(params: PyTree, model_state: ModelState, *_: Any) -> Any:
             a_Q, pull_Q = jax.vjp(lambda xi: apply(xi, model_state, x_Q)[0], params)
             mend = "give learned_adjoint a model whose output is like the prediction model's."
             check_like("learned_adjoint", "the adjoint model's output", a_Q, d, mend)
@@ -126,7 +126,7 @@ def learned_adjoint(
             (grad_P,) = pull_P(Ca)
             return (value, ({}, model_state)), mean(jax.tree.map(lambda p, q: p + q, grad_P, grad_Q))
 
-        state, value, _ = fit(value_and_grad, optimizer, num_steps, state, None)
+        state, _, value, _ = fit(value_and_grad, optimizer, num_steps, state, None)
         a_P, _ = apply(state.params, state.model_state, x_P)
         return a_P, state if warm_start else (), {"adjoint_objective": value}
 
