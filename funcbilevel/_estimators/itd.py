@@ -90,9 +90,9 @@ def itd(num_steps: int, mode: Literal["reverse", "forward"] = "reverse", remat: 
                 raise
             raise ValueError(
                 'itd: mode is "reverse", but an inner step holds a loop of unknown length (the line search of an inner '
-                "optimizer such as optax.lbfgs, or a jax.lax.while_loop in the inner objective or the model), which has no "
-                'reverse derivative; use mode="forward", another inner optimizer, or fb.aid, which needs no derivative '
-                "of the inner steps."
+                "optimizer such as optax.lbfgs, or a jax.lax.while_loop in the inner objective or the model), which "
+                'has no reverse derivative; use mode="forward", another inner optimizer, or fb.aid, which needs no '
+                "derivative of the inner steps."
             ) from error
         # Forward mode returns the objective's dtype, which may be wider than that of outer_params.
         g_exp, g_imp = (jax.tree.map(lambda g, w: g.astype(w.dtype), g, outer_params) for g in (g_exp, g_imp))

@@ -108,10 +108,10 @@ def _solve(B: jax.Array, y: jax.Array) -> jax.Array:
         size = jnp.where(size == 0, 1.0, size)
         ((p, q), (r, s)), (u, v) = jnp.moveaxis(B / size[:, None, None], 0, 2), (y / size[:, None]).T
         determinant, largest = p * s - q * r, 0.5 * jnp.abs(p + s) + jnp.hypot(0.5 * (p - s), q)
-        singular = jnp.abs(determinant) <= 4 * eps * largest**2
-        by_cramer = jnp.stack([s * u - q * v, p * v - r * u]) / jnp.where(singular, 1.0, determinant)
+        singular = (jnp.abs(determinant) <= 4 * eps * largest**2)[None]
+        by_cramer = jnp.stack([s * u - q * v, p * v - r * u]) / jnp.where(singular, 1.0, determinant[None])
         # B = lambda e e' has the pseudo-inverse B / lambda^2.
-        of_rank_one = jnp.stack([p * u + q * v, r * u + s * v]) / jnp.where(largest == 0, 1.0, largest) ** 2
+        of_rank_one = jnp.stack([p * u + q * v, r * u + s * v]) / jnp.where(largest == 0, 1.0, largest**2)[None]
         return jnp.where(singular, of_rank_one, by_cramer).T
     eigenvalues, U = jnp.linalg.eigh(B)
     kept = jnp.abs(eigenvalues) > 4 * k * eps * jnp.max(jnp.abs(eigenvalues), axis=1, keepdims=True)
