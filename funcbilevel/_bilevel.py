@@ -63,7 +63,7 @@ def hypergradient(
 
     Warns:
         UserWarning: outside of jit, where the metrics show that an assumption of the estimator fails: the inner
-            solution is not stationary (`inner_gradient_relative` > 0.01), or the batches of `pointwise_adjoint` differ.
+            solution is not stationary (`inner_gradient_relative` > 0.001), or the batches of `pointwise_adjoint` differ.
             At trace time, where the inner objective does not see some leaf of inner_params.
 
     Example: the derivative of a ridge regression's validation loss by its log-penalty.

@@ -162,7 +162,7 @@ def check_prediction(function: str, name: str, shapes: Prediction, inputs: Input
     leaves = jax.tree_util.tree_flatten_with_path(shapes)[0]
     if not leaves:
         raise ValueError(f"{function}: the {name} is an empty pytree; the model must return at least one array.")
-    sizes = {np.shape(x)[0] for x in jax.tree.leaves(inputs) if np.ndim(x) > 0}
+    sizes = num_rows(inputs)
     for path, leaf in leaves:
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise TypeError(
@@ -176,9 +176,15 @@ def check_prediction(function: str, name: str, shapes: Prediction, inputs: Input
             )
 
 
+def num_rows(inputs: Inputs) -> set[int]:
+    """The leading axes of the inputs' arrays; of a sparse one its own, and not those of the buffers it is made of."""
+    arrays = jax.tree.leaves(inputs, is_leaf=lambda x: hasattr(x, "todense"))
+    return {x.shape[0] for x in arrays if np.ndim(x) > 0}
+
+
 def check_features(function: str, phi: Any, inputs: Inputs) -> None:
     """One row of floating-point features per sample."""
-    sizes = {x.shape[0] for x in jax.tree.leaves(inputs) if x.ndim > 0}
+    sizes = num_rows(inputs)
     if not hasattr(phi, "shape") or phi.ndim != 2 or phi.shape[0] not in sizes:
         got = f"shape {phi.shape}" if hasattr(phi, "shape") else type(phi).__name__
         raise ValueError(
@@ -209,7 +215,7 @@ def warn_of_assumptions(function: str, metrics: dict[str, Any]) -> None:
     if any(isinstance(x, jax.core.Tracer) for x in metrics.values()):
         return
     relative = metrics.get("inner_gradient_relative")
-    if relative is not None and relative > 0.01:
+    if relative is not None and relative > 1e-3:
         warnings.warn(
             f"{function}: the inner solution is not a stationary point of the inner objective: its gradient is "
             f"{float(relative):.2g} times the size of its terms (inner_gradient_relative), and the estimator takes it "

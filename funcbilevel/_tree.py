@@ -63,7 +63,9 @@ def tree_exponent(tree: PyTree) -> jax.Array:
 
 def tree_ldexp(tree: PyTree, exponent: jax.Array) -> PyTree:
     """tree * 2^exponent: exact, but for over- and underflow."""
-    return jax.tree.map(lambda x: x * jnp.ldexp(jnp.ones((), x.dtype), exponent), tree)
+    scaled = jax.tree.map(lambda x: x * jnp.ldexp(jnp.ones((), x.dtype), exponent), tree)
+    # Of two such products XLA multiplies known factors with one another first, and those under- and overflow.
+    return jax.lax.optimization_barrier(scaled)
 
 
 def tree_add_scaled(a: PyTree, scale: Any, b: PyTree) -> PyTree:

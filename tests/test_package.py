@@ -29,9 +29,9 @@ SHORT = [name.removeprefix("funcbilevel.") for name in MODULES]
 
 LAYERS = [
     {"_typing"},
-    {"_tree"},
+    {"_tree", "_tracing"},
     {"_arguments", "_model"},
-    {"_partition"},
+    {"_partition", "_draws"},
     {"_problem", "_fit"},
     {"_estimator"},
     {"_check"},
