@@ -10,6 +10,7 @@ import optax
 
 from funcbilevel._arguments import as_float_tree, check_leading_axis, check_number, check_optimizer
 from funcbilevel._check import check_inner, check_outer, check_outer_model, check_setup, problem_inputs
+from funcbilevel._described import describe, described, fields_that_differ
 from funcbilevel._estimator import Estimator, Hypergradient, InnerSolution, InnerSolve
 from funcbilevel._fit import FitState, fit
 from funcbilevel._model import Model
@@ -116,6 +117,9 @@ class BilevelState(NamedTuple):
     key: Key
     outer_model_state: ModelState = ()
 
+    def __repr__(self) -> str:
+        return fields_that_differ(self)
+
 
 class _Init(Protocol):
     def __call__(
@@ -147,7 +151,11 @@ class BilevelSolver(NamedTuple):
     step: Callable[[BilevelState, Batch, Batch], tuple[BilevelState, Metrics]]
     run: Callable[[BilevelState, Batch, Batch], tuple[BilevelState, Metrics]]
 
+    def __repr__(self) -> str:
+        return describe(self)
 
+
+@described
 def bilevel(
     problem: Problem,
     model: Model | None,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
+from funcbilevel._described import describe, described, fields_that_differ
 from funcbilevel._typing import InnerParams, Inputs, Key, LinearMap, ModelState, Prediction
 
 if TYPE_CHECKING:
@@ -46,6 +47,9 @@ class LinearHead(NamedTuple):
     num_outputs: int
     ridge: float
 
+    def __repr__(self) -> str:
+        return fields_that_differ(self)
+
 
 class Model(NamedTuple):
     """A prediction model (or an adjoint's) as two pure functions; parameters and other state are kept apart.
@@ -58,13 +62,19 @@ class Model(NamedTuple):
             the leading axis of the inputs.
         head: with a head, from `variable_projection`, `apply` gives features phi(x), [n, p], and the prediction is
             phi(x) V with V solved for on the inner batch.
+        description: the call that made it, for `repr`.
     """
 
     init: _Init
     apply: _Apply
     head: LinearHead | None = None
+    description: str = ""
+
+    def __repr__(self) -> str:
+        return describe(self)
 
 
+@described
 def from_function(
     init: Callable[[Key, Inputs], InnerParams], apply: Callable[[InnerParams, Inputs], Prediction]
 ) -> Model:
@@ -105,6 +115,7 @@ def from_function(
     return Model(model_init, model_apply)
 
 
+@described
 def from_linen(
     module: linen.Module,
     *,
@@ -182,6 +193,7 @@ def from_linen(
     return Model(init, apply)
 
 
+@described
 def from_nnx(
     module: nnx.Module | Callable[[nnx.Rngs], nnx.Module],
     *,

@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 
 from funcbilevel._check import check_is_model
+from funcbilevel._described import described
 from funcbilevel._model import Model
 from funcbilevel._typing import Inputs, Key, ModelState, Prediction, PyTree
 
 
+@described
 def mixed_precision(model: Model, dtype: Any = jnp.bfloat16) -> Model:
     """The same model, computed in `dtype`: parameters are stored, updated and differentiated in their own dtype.
 

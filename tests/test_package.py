@@ -30,7 +30,9 @@ SHORT = [name.removeprefix("funcbilevel.") for name in MODULES]
 LAYERS = [
     {"_typing"},
     {"_tree"},
-    {"_arguments", "_model"},
+    {"_described"},
+    {"_arguments"},
+    {"_model"},
     {"_partition"},
     {"_problem", "_fit"},
     {"_estimator"},

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
+from funcbilevel._described import described
 from funcbilevel._estimator import Estimator, Hypergradient, InnerSolution, InnerSolve
 from funcbilevel._fit import FitState
 from funcbilevel._linear_solvers import LinearSolver, as_linear_solver, linear_metrics
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     import lineax
 
 
+@described
 def aid(linear_solver: LinearSolver | lineax.AbstractLinearSolver[Any], warm_start: bool = True) -> Estimator:
     r"""Approximate implicit differentiation (AID).
 

@@ -4,6 +4,7 @@ from functools import partial
 from typing import Any
 
 from funcbilevel._check import check_prediction, problem_inputs
+from funcbilevel._described import described
 from funcbilevel._estimator import Adjoint, AdjointSystem, Estimator, Hypergradient, InnerSolution, InnerSolve
 from funcbilevel._problem import (
     FunctionalProblem,
@@ -19,6 +20,7 @@ from funcbilevel._typing import Batch, Key, OuterParams, PyTree
 BATCHES = ("inner_batch", "outer_batch")
 
 
+@described
 def funcid(adjoint: Adjoint) -> Estimator:
     r"""Functional implicit differentiation (FuncID).
 

@@ -6,6 +6,7 @@ import jax
 import optax
 
 from funcbilevel._arguments import check_like, check_number, check_optimizer
+from funcbilevel._described import described
 from funcbilevel._estimator import Adjoint, AdjointSystem
 from funcbilevel._features import Features, check_is_features, evaluate_features
 from funcbilevel._fit import FitState, fit
@@ -15,6 +16,7 @@ from funcbilevel._tree import evaluated_after, num_bytes, tree_vdot
 from funcbilevel._typing import Batch, Inputs, Key, Metrics, ModelState, Prediction, PyTree
 
 
+@described
 def learned_adjoint(
     optimizer: optax.GradientTransformation,
     num_steps: int,

@@ -3,12 +3,14 @@
 import jax
 import optax
 
+from funcbilevel._described import described
 from funcbilevel._estimator import Estimator
 from funcbilevel._estimators._penalty import penalised
 from funcbilevel._problem import ParametricProblem, inner_value
 from funcbilevel._typing import Batch, InnerParams, OuterParams
 
 
+@described
 def value_penalty(
     optimizer: optax.GradientTransformation, num_steps: int, penalty: float, warm_start: bool = True
 ) -> Estimator:
