@@ -3,7 +3,7 @@
 import inspect
 import math
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -62,8 +62,8 @@ def check_callable(function: str, name: str, value: Any, arguments: str = "", ke
         count = f"{len(positional)} argument{'s' * (len(positional) > 1)} ({arguments})"
         by_name = f" and the keyword arguments {' and '.join(keywords)}" if keywords else ""
         raise TypeError(
-            f"{function}: {name} must take {count}{by_name}, got {show(value)}({', '.join(signature.parameters)}), which "
-            f"does not ({error}); change its parameters, or wrap it in a lambda."
+            f"{function}: {name} must take {count}{by_name}, got {show(value)}({', '.join(signature.parameters)}) "
+            f"({error}); change its parameters, or wrap it in a lambda."
         ) from error
 
 
@@ -112,8 +112,8 @@ def check_key(function: str, key: Any, outer_params: PyTree = None) -> None:
             f"{function}: key must be one random key, got several, {show(key)}; use jax.vmap to run over seeds."
         )
     raise TypeError(
-        f"{function}: key must be a random key, got {show(key)} of type {type(key).__name__}; make one from a seed, for "
-        "example jax.random.key(0)."
+        f"{function}: key must be a random key, got {show(key)} of type {type(key).__name__}; make one from a seed, "
+        "for example jax.random.key(0)."
     )
 
 
@@ -146,8 +146,9 @@ def _as_float_array(function: str, name: str, leaf: Any) -> jax.Array:
         raise TypeError(f"{function}: {name} must be an array of floats, got {got}.") from error
     if jnp.issubdtype(array.dtype, jnp.complexfloating):
         raise TypeError(
-            f"{function}: {name} must be an array of floats, got dtype {array.dtype}; keep its real and its imaginary part "
-            "as two leaves and combine them in the objectives, by jax.lax.complex(re, im): their gradients are exact."
+            f"{function}: {name} must be an array of floats, got dtype {array.dtype}; keep its real and its "
+            "imaginary part as two leaves and combine them in the objectives, by jax.lax.complex(re, im): the "
+            "gradients by both are exact."
         )
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(
@@ -176,6 +177,19 @@ def check_leading_axis(function: str, **batches: PyTree) -> int:
             f"got {sizes}."
         )
     return next(iter(sizes.values()))
+
+
+def check_shapes(
+    function: str, name: str, got: PyTree, expected: PyTree, mend: str, free: Collection[int] = ()
+) -> None:
+    """Same structure and shapes; an expected axis of a length in `free` may have another."""
+    if jax.tree.structure(got) != jax.tree.structure(expected):
+        raise ValueError(f"{function}: {name} must be like {show(expected)}, got {show(got)}; {mend}")
+    pairs = zip(jax.tree_util.tree_flatten_with_path(got)[0], jax.tree.leaves(expected), strict=True)
+    for (path, x), y in pairs:
+        shape = np.shape(x)
+        if len(shape) != len(y.shape) or any(a not in (b, *free) and b not in free for a, b in zip(shape, y.shape)):
+            raise ValueError(f"{function}: {name}{at_path(path)} must have shape {y.shape}, got {shape}; {mend}")
 
 
 def check_like(function: str, name: str, got: PyTree, expected: PyTree, mend: str) -> None:

@@ -8,8 +8,19 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from funcbilevel._arguments import as_float_tree, check_leading_axis, check_number, check_optimizer
-from funcbilevel._check import check_inner, check_outer, check_outer_model, check_setup, problem_inputs
+from funcbilevel._arguments import as_float_tree, check_key, check_leading_axis, check_number, check_optimizer
+from funcbilevel._check import (
+    check_estimator_state,
+    check_inner,
+    check_objectives,
+    check_outer_inputs,
+    check_outer_model,
+    check_parameters,
+    check_setup,
+    check_uses_parameters,
+    initial,
+    problem_inputs,
+)
 from funcbilevel._described import describe, described, fields_that_differ
 from funcbilevel._estimator import Estimator, Hypergradient, InnerSolution, InnerSolve
 from funcbilevel._fit import FitState, fit
@@ -77,14 +88,20 @@ def hypergradient(
     outer_params = as_float_tree(name, "outer_params", outer_params)
     inner_params = as_float_tree(name, "inner_params", inner_params)
     model_state = () if model_state is None else model_state
-    check_inner(name, problem, model, outer_params, inner_params, model_state, inner_batch)
-    check_outer(name, problem, model, outer_params, inner_params, model_state, outer_batch)
+    lower = (inner_params, model_state)
+    check_parameters(name, problem, model, *lower, inner_batch)
+    check_objectives(name, problem, model, estimator, outer_params, *lower, inner_batch, outer_batch, set())
+    check_uses_parameters(name, problem, model, *lower, inner_batch)
 
+    if key is not None:
+        check_key(name, key)
     inner_key, init_key, estimator_key = (None, None, None) if key is None else jax.random.split(key, 3)
     opt_state = () if inner_optimizer is None else inner_optimizer.init(inner_params)
     start = FitState(inner_params, opt_state, model_state)
     if state is None:
         state = estimator.init(init_key, problem, model, start, inner_batch)
+    else:
+        check_estimator_state(name, "state", estimator, problem, model, start, inner_batch, state)
     solve = _inner_solve(problem, model, inner_optimizer, estimator.unroll, start, inner_batch, inner_key)
     _, result = estimator.estimate(problem, model, solve, outer_params, inner_batch, outer_batch, state, estimator_key)
     chex.assert_trees_all_equal_shapes_and_dtypes(result.gradient, outer_params)  # the estimator's side of the protocol
@@ -165,7 +182,7 @@ def bilevel(
     outer_optimizer: optax.GradientTransformation,
     inner_steps: int = 1,
     outer_model: Model | None = None,
-    outer_inputs: Callable[[Batch], Any] = lambda batch: batch,
+    outer_inputs: Callable[[Batch], Any] | None = None,
 ) -> BilevelSolver:
     """A solver that alternates `inner_steps` inner steps, one hypergradient and one outer step.
 
@@ -185,7 +202,7 @@ def bilevel(
             output on the inner batch where they would get outer_params. Its batch statistics, spectral norms and the
             like are carried in the state. `explicit_norm` and `implicit_norm` are then those of the derivatives by
             that output.
-        outer_inputs: `inner_batch -> what outer_model is called on`.
+        outer_inputs: `inner_batch -> what outer_model is called on`; None: the whole inner batch.
 
     Returns:
         A `BilevelSolver`: `init`, `step`, `run`.
@@ -223,6 +240,8 @@ def bilevel(
     outer_update = optax.with_extra_args_support(outer_optimizer).update
     if outer_model is not None:
         check_outer_model(name, outer_model, problem)
+    called_on = check_outer_inputs(name, outer_inputs, outer_model)
+    told: set[str] = set()
 
     def seen(
         outer_params: OuterParams, outer_model_state: ModelState, inner_batch: Batch, key: Key
@@ -230,7 +249,7 @@ def bilevel(
         """What the objectives get for omega, and the map from derivatives by it to derivatives by omega."""
         if outer_model is None:
             return outer_params, outer_model_state, lambda gradient: gradient
-        inputs, apply = outer_inputs(inner_batch), outer_model.apply
+        inputs, apply = called_on(inner_batch), outer_model.apply
         features, pull, outer_model_state = jax.vjp(
             lambda omega: apply(omega, outer_model_state, inputs, train=True, key=key), outer_params, has_aux=True
         )
@@ -239,27 +258,31 @@ def bilevel(
     def init(
         key: Key, outer_params: OuterParams, inner_batch: Batch, inner_params: InnerParams | None = None
     ) -> BilevelState:
+        check_key("init", key, outer_params)
         key, model_key, estimator_key = jax.random.split(key, 3)
         outer_model_state: ModelState = ()
         if outer_model is not None:
-            initial, outer_model_state = outer_model.init(jax.random.fold_in(key, 1), outer_inputs(inner_batch))
-            outer_params = initial if outer_params is None else outer_params
+            outer_key = jax.random.fold_in(key, 1)
+            drawn, outer_model_state = initial("init", outer_model, outer_key, called_on(inner_batch))
+            outer_params = drawn if outer_params is None else outer_params
         outer_params = as_float_tree("init", "outer_params", outer_params)
         objectives_get = jax.eval_shape(lambda: seen(outer_params, outer_model_state, inner_batch, key)[0])
         model_state: ModelState = ()
         if isinstance(problem, FunctionalProblem):
             assert model is not None
             inputs = problem_inputs("init", problem, inner_batch, "inner_batch")
-            initial_params, model_state = model.init(model_key, inputs)
-            inner_params = initial_params if inner_params is None else inner_params
+            drawn, model_state = initial("init", model, model_key, inputs)
+            inner_params = drawn if inner_params is None else inner_params
         elif inner_params is None:
             raise ValueError(
                 "init: inner_params is None, but a ParametricProblem has no model to draw them from; pass "
                 "inner_params=<the starting point of the inner level>."
             )
         theta: InnerParams = as_float_tree("init", "inner_params", inner_params)
+        check_parameters("init", problem, model, theta, model_state, inner_batch)
         if isinstance(problem, FunctionalProblem) or inner_batch is not None:
-            check_inner("init", problem, model, objectives_get, theta, model_state, inner_batch)
+            check_inner("init", problem, model, objectives_get, theta, model_state, inner_batch, told)
+        check_uses_parameters("init", problem, model, theta, model_state, inner_batch)
         inner = FitState(theta, inner_optimizer.init(theta), model_state)
         state = BilevelState(
             step=jnp.zeros((), jnp.int32),
@@ -278,11 +301,12 @@ def bilevel(
         omega = state.outer_params
         key, inner_key, estimator_key, outer_key = jax.random.split(state.key, 4)
         f, outer_model_state, pull_back = seen(omega, state.outer_model_state, inner_batch, outer_key)
-        lower = (state.inner_params, state.model_state)
-        check_inner("step", problem, model, f, *lower, inner_batch)
-        check_outer("step", problem, model, f, *lower, outer_batch)
-
         before = FitState(state.inner_params, state.inner_opt_state, state.model_state)
+        lower = (state.inner_params, state.model_state)
+        check_objectives("step", problem, model, estimator, f, *lower, inner_batch, outer_batch, told)
+        warm_start = state.estimator_state
+        check_estimator_state("step", "estimator_state", estimator, problem, model, before, inner_batch, warm_start)
+
         solve = _inner_solve(
             problem, model, inner_optimizer, estimator.unroll, before, inner_batch, inner_key, inner_steps, f
         )

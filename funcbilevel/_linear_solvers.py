@@ -212,7 +212,7 @@ def from_lineax(solver: lineax.AbstractLinearSolver[Any], damping: float = 0.0) 
 
     check_at_least("from_lineax", "damping", damping, 0.0)
     if not isinstance(solver, lineax.AbstractLinearSolver):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"from_lineax: solver must be a lineax solver object, got {solver!r}.")
+        raise TypeError(f"from_lineax: solver must be a lineax solver object, got {type(solver).__name__} {solver!r}.")
 
     def solve(matvec: LinearMap, rhs: PyTree, initial: PyTree | None) -> PyTree:
         operator = lineax.FunctionLinearOperator(

@@ -65,19 +65,11 @@ def stays_finite(before: PyTree, after: PyTree) -> jax.Array:
     return all_finite([jnp.where(jnp.isfinite(x), y, 0) for x, y in pairs if jnp.issubdtype(x.dtype, jnp.inexact)])
 
 
-METRICS = frozenset(
-    f"{level}_{what}"
-    for level, names in {
-        "inner": ("objective", "finite", "gradient_norm", "gradient_relative"),
-        "outer": ("objective", "finite"),
-        "adjoint": ("objective", "finite", "inputs_match"),
-        "penalty": ("objective",),
-        "linear": ("residual", "converged", "curvature"),
-        "hypergradient": ("norm",),
-        "explicit": ("norm",),
-        "implicit": ("norm",),
-    }.items()
-    for what in names
+METRICS = (
+    *("inner_objective", "outer_objective", "hypergradient_norm", "explicit_norm", "implicit_norm"),
+    *("inner_finite", "adjoint_finite", "outer_finite", "inner_gradient_norm", "inner_gradient_relative"),
+    *("linear_residual", "linear_converged", "linear_curvature"),
+    *("adjoint_objective", "adjoint_inputs_match", "penalty_objective"),
 )
 
 
@@ -103,7 +95,7 @@ def scalar_metrics(level: str, aux: PyTree) -> Metrics:
             )
         if name in METRICS:
             raise ValueError(
-                f"{level}_objective: aux holds {name!r}, which is the name of one of the solver's own metrics; rename it."
+                f"{level}_objective: aux holds {name!r}, the name of one of the solver's own metrics; rename it."
             )
     return {f"{level}/{name}": scalar(name, x) for name, x in leaves}
 

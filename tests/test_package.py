@@ -31,7 +31,7 @@ LAYERS = [
     {"_typing"},
     {"_tree"},
     {"_described"},
-    {"_arguments"},
+    {"_arguments", "_broadcast"},
     {"_model"},
     {"_partition"},
     {"_problem", "_fit"},
