@@ -32,6 +32,7 @@ from funcbilevel._linear_solvers import gradient_descent as gradient_descent
 from funcbilevel._linear_solvers import identity as identity
 from funcbilevel._linear_solvers import neumann as neumann
 from funcbilevel._linear_solvers import normal_cg as normal_cg
+from funcbilevel._model import FrozenState as FrozenState
 from funcbilevel._model import LinearHead as LinearHead
 from funcbilevel._model import Model as Model
 from funcbilevel._model import from_function as from_function
