@@ -29,13 +29,16 @@ def broadcasts_samples(objective: Callable[[Prediction], Any], prediction: Predi
     if not suspects or jax.config.jax_numpy_rank_promotion != "allow":  # pyright: ignore[reportAttributeAccessIssue]
         return ""
     rows = {leaves[i].shape[0] for i in suspects}
-    if not any(shape.count(n) > 1 for shape in _shapes(jaxpr.jaxpr) for n in rows):
+    equations = list(_equations(jaxpr.jaxpr))
+    shapes = {getattr(v.aval, "shape", ()) for equation in equations for v in equation.outvars}
+    if not any(shape.count(n) > 1 for shape in shapes for n in rows):
         return ""
+    has_loop = any(equation.primitive.name in ("scan", "while") for equation in equations)
 
     def pairs(changed: list[int]) -> list[tuple[tuple[int, ...], ...]]:
         """The operands of promotions to n * n and more, with the trailing axis of some leaves dropped or added."""
         shapes = [_other(v) if i in changed else v for i, v in enumerate(leaves)]
-        found = _promotions(objective, jax.tree.unflatten(structure, shapes))
+        found = _promotions(objective, jax.tree.unflatten(structure, shapes), has_loop)
         return [operands for operands in found if any(np.broadcast_shapes(*operands).count(n) > 1 for n in rows)]
 
     before = pairs([])
@@ -60,20 +63,34 @@ def _other(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, leaf.dtype)
 
 
-def _promotions(f: Callable[[PyTree], Any], shapes: PyTree) -> list[tuple[tuple[int, ...], ...]]:
-    """The shapes of the operands wherever NumPy's rank promotion takes place in f, as JAX reports them."""
-    with warnings.catch_warnings(record=True) as caught, jax.numpy_rank_promotion("warn"):
+def _promotions(f: Callable[[PyTree], Any], shapes: PyTree, has_loop: bool) -> list[tuple[tuple[int, ...], ...]]:
+    """The shapes of the operands wherever NumPy's rank promotion takes place in f, as JAX reports them.
+
+    Its warnings come from inside of compiled functions, which are traced once only: so all is called uncompiled. Loops
+    would then be unrolled; of a program with loops, JAX's error tells the first promotion.
+    """
+
+    def call(v: PyTree) -> Any:
+        with jax.numpy_rank_promotion("raise" if has_loop else "warn"), jax.disable_jit(not has_loop):
+            return jax.tree.leaves(f(v))
+
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        jax.make_jaxpr(lambda v: jax.tree.leaves(f(v)))(shapes)
-    texts = [str(w.message) for w in caught if "automatic rank promotion" in str(w.message)]
-    shown = [re.findall(r"\(((?:\d+,? ?)*)\)", text.partition(" on shapes ")[2]) for text in texts]
-    return [tuple(tuple(map(int, re.findall(r"\d+", s))) for s in operands) for operands in shown if operands]
+        try:
+            jax.eval_shape(call, shapes)
+            texts = [str(w.message) for w in caught]
+        except ValueError as error:
+            texts = [str(error)]
+            if "jax_numpy_rank_promotion" not in texts[0]:
+                raise
+    operands = [re.findall(r"\((\d[\d, ]*)\)", text) for text in texts if "rank_promotion" in text]
+    return [tuple(tuple(map(int, re.findall(r"\d+", shape))) for shape in shapes) for shapes in operands if shapes]
 
 
-def _shapes(jaxpr: Any) -> Iterator[tuple[int, ...]]:
-    """Of all intermediate values, those in the bodies of loops, branches and calls included."""
+def _equations(jaxpr: Any) -> Iterator[Any]:
+    """All of them, those in the bodies of loops, branches and calls included."""
     for equation in jaxpr.eqns:
-        yield from (getattr(v.aval, "shape", ()) for v in equation.outvars)
+        yield equation
         for parameter in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
             if inner := getattr(parameter, "jaxpr", parameter if hasattr(parameter, "eqns") else None):
-                yield from _shapes(inner)
+                yield from _equations(inner)
