@@ -240,7 +240,7 @@ def bilevel(
     outer_update = optax.with_extra_args_support(outer_optimizer).update
     if outer_model is not None:
         check_outer_model(name, outer_model, problem)
-    called_on = check_outer_inputs(name, outer_inputs, outer_model)
+    called_on = check_outer_inputs(name, outer_inputs)
     told: set[str] = set()
 
     def seen(

@@ -94,12 +94,10 @@ def check_outer_model(function: str, outer_model: Any, problem: Problem) -> None
         )
 
 
-def check_outer_inputs(function: str, outer_inputs: Any, outer_model: Model | None) -> Callable[[Batch], Inputs]:
+def check_outer_inputs(function: str, outer_inputs: Any) -> Callable[[Batch], Inputs]:
     """What the outer model is called on as a function of the inner batch: all of it if nothing else is said."""
     if outer_inputs is None:
         return lambda batch: batch
-    if outer_model is None:
-        raise ValueError(f"{function}: outer_inputs is given, but outer_model is None; pass the model that takes them.")
     check_callable(function, "outer_inputs", outer_inputs, "inner_batch")
     return outer_inputs
 

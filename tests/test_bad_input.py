@@ -977,11 +977,6 @@ CALLS: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = {
         TypeError,
         (r"bilevel: outer_inputs must take 1 argument \(inner_batch\)", r"got <lambda>\(x, y\)"),
     ),
-    "outer_inputs without outer_model": (
-        lambda: bilevel(problem(), model(), POINTWISE, outer_inputs=lambda batch: batch),
-        ValueError,
-        ("bilevel: outer_inputs is given", "outer_model is None", "pass the model"),
-    ),
     "outer_model put together by hand": (
         lambda: bilevel(problem(), model(), POINTWISE, outer_model=fb.Model(1, 2)),
         TypeError,
