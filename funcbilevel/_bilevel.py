@@ -8,15 +8,28 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from funcbilevel._arguments import as_float_tree, check_callable, check_leading_axis, check_number, check_optimizer
+from funcbilevel._arguments import (
+    as_float_tree,
+    check_callable,
+    check_key,
+    check_leading_axis,
+    check_number,
+    check_optimizer,
+)
 from funcbilevel._check import (
+    check_estimator_state,
     check_inner,
-    check_outer,
+    check_objectives,
+    check_outer_inputs,
     check_outer_model,
+    check_parameters,
     check_setup,
+    check_uses_parameters,
+    initial,
     problem_inputs,
     warn_of_assumptions,
 )
+from funcbilevel._described import describe, described, fields_that_differ
 from funcbilevel._draws import Minibatches, Sampler, check_draws, draw
 from funcbilevel._estimator import Estimator, Hypergradient, InnerSolution, InnerSolve
 from funcbilevel._fit import FitState, fit
@@ -90,17 +103,23 @@ def hypergradient(
     outer_params = as_float_tree(name, "outer_params", outer_params)
     inner_params = as_float_tree(name, "inner_params", inner_params)
     model_state = () if model_state is None else model_state
+    if key is not None:
+        check_key(name, key)
     inner_key, init_key, estimator_key = (None, None, None) if key is None else jax.random.split(key, 3)
     if estimator.unroll:
         check_draws(name, inner_batch, estimator.unroll)
     batch = draw(name, inner_batch, _draw_key(inner_key), estimator.unroll)
-    check_inner(name, problem, model, outer_params, inner_params, model_state, batch)
-    check_outer(name, problem, model, outer_params, inner_params, model_state, outer_batch)
+    lower = (inner_params, model_state)
+    check_parameters(name, problem, model, *lower, batch)
+    check_objectives(name, problem, model, estimator, outer_params, *lower, batch, outer_batch, set())
+    check_uses_parameters(name, problem, model, *lower, batch)
 
     opt_state = () if inner_optimizer is None else inner_optimizer.init(inner_params)
     start = FitState(inner_params, opt_state, model_state)
     if state is None:
         state = estimator.init(init_key, problem, model, start, batch)
+    else:
+        check_estimator_state(name, "state", estimator, problem, model, start, batch, state)
     solve = _inner_solve(problem, model, inner_optimizer, estimator.unroll, lambda _: start, inner_batch, inner_key)
     inner, result = estimator.estimate(problem, model, solve, outer_params, batch, outer_batch, state, estimator_key)
     result = _averaged(problem, outer_params, result)
@@ -136,6 +155,9 @@ class BilevelState(NamedTuple):
     estimator_state: PyTree
     key: Key
     outer_model_state: ModelState = ()
+
+    def __repr__(self) -> str:
+        return fields_that_differ(self)
 
 
 class _Init(Protocol):
@@ -175,7 +197,11 @@ class BilevelSolver(NamedTuple):
     step: Callable[[BilevelState, Batch, Batch], tuple[BilevelState, Metrics]]
     run: Callable[[BilevelState, Batch, Batch], tuple[BilevelState, Metrics]]
 
+    def __repr__(self) -> str:
+        return describe(self)
 
+
+@described
 def bilevel(
     problem: Problem,
     model: Model | None,
@@ -186,7 +212,7 @@ def bilevel(
     inner_steps: int = 1,
     inner_init: InnerInit | None = None,
     outer_model: Model | None = None,
-    outer_inputs: Callable[[Batch], Any] = lambda batch: batch,
+    outer_inputs: Callable[[Batch], Any] | None = None,
 ) -> BilevelSolver:
     """A solver that alternates `inner_steps` inner steps, one hypergradient and one outer step.
 
@@ -213,7 +239,7 @@ def bilevel(
             output on the inner batch where they would get outer_params. Its batch statistics, spectral norms and the
             like are carried in the state. `explicit_norm` and `implicit_norm` are then those of the derivatives by
             that output.
-        outer_inputs: `inner_batch -> what outer_model is called on`.
+        outer_inputs: `inner_batch -> what outer_model is called on`; None: the whole inner batch.
 
     Returns:
         A `BilevelSolver`: `init`, `step`, `run`.
@@ -253,6 +279,8 @@ def bilevel(
     outer_update = optax.with_extra_args_support(outer_optimizer).update
     if outer_model is not None:
         check_outer_model(name, outer_model, problem)
+    called_on = check_outer_inputs(name, outer_inputs)
+    told: set[str] = set()
 
     def seen(
         outer_params: OuterParams, outer_model_state: ModelState, inner_batch: Batch, key: Key
@@ -260,7 +288,7 @@ def bilevel(
         """What the objectives get for omega, and the map from derivatives by it to derivatives by omega."""
         if outer_model is None:
             return outer_params, outer_model_state, lambda gradient: gradient
-        inputs, apply = outer_inputs(inner_batch), outer_model.apply
+        inputs, apply = called_on(inner_batch), outer_model.apply
         features, pull, outer_model_state = jax.vjp(
             lambda omega: apply(omega, outer_model_state, inputs, train=True, key=key), outer_params, has_aux=True
         )
@@ -276,21 +304,23 @@ def bilevel(
     def init(
         key: Key, outer_params: OuterParams, inner_batch: Batch, inner_params: InnerParams | None = None
     ) -> BilevelState:
+        check_key("init", key, outer_params)
         key, model_key, estimator_key = jax.random.split(key, 3)
         check_draws("init", inner_batch, inner_steps)
         batch = draw("init", inner_batch, key, 0)
         outer_model_state: ModelState = ()
         if outer_model is not None:
-            initial, outer_model_state = outer_model.init(jax.random.fold_in(key, 1), outer_inputs(batch))
-            outer_params = initial if outer_params is None else outer_params
+            outer_key = jax.random.fold_in(key, 1)
+            drawn, outer_model_state = initial("init", outer_model, outer_key, called_on(batch))
+            outer_params = drawn if outer_params is None else outer_params
         outer_params = as_float_tree("init", "outer_params", outer_params)
         objectives_get = jax.eval_shape(lambda: seen(outer_params, outer_model_state, batch, key)[0])
         model_state: ModelState = ()
         if isinstance(problem, FunctionalProblem):
             assert model is not None
             inputs = problem_inputs("init", problem, batch, "inner_batch")
-            initial_params, model_state = model.init(model_key, inputs)
-            inner_params = initial_params if inner_params is None else inner_params
+            drawn, model_state = initial("init", model, model_key, inputs)
+            inner_params = drawn if inner_params is None else inner_params
         if inner_params is None and inner_init is not None:
             f, _, _ = seen(outer_params, outer_model_state, batch, key)
             inner_params = start_at(f, model_key, inner_batch).params
@@ -300,8 +330,10 @@ def bilevel(
                 "inner_params=<the starting point of the inner level>."
             )
         theta: InnerParams = as_float_tree("init", "inner_params", inner_params)
+        check_parameters("init", problem, model, theta, model_state, batch)
         if isinstance(problem, FunctionalProblem) or inner_batch is not None:
-            check_inner("init", problem, model, objectives_get, theta, model_state, batch)
+            check_inner("init", problem, model, objectives_get, theta, model_state, batch, told)
+        check_uses_parameters("init", problem, model, theta, model_state, batch)
         inner = FitState(theta, inner_optimizer.init(theta), model_state)
         state = BilevelState(
             step=jnp.zeros((), jnp.int32),
@@ -327,25 +359,23 @@ def bilevel(
                 "step, on one batch; pass one batch, or call the outer network in the objectives."
             )
         before = FitState(state.inner_params, state.inner_opt_state, state.model_state)
+        warm_start = state.estimator_state
+        check_estimator_state("step", "estimator_state", estimator, problem, model, before, batch, warm_start)
 
         def start(f: OuterParams) -> FitState:
-            return (
-                before
-                if inner_init is None
-                else start_at(f, inner_key, inner_batch)._replace(model_state=state.model_state)
-            )
+            if inner_init is None:
+                return before
+            return start_at(f, inner_key, inner_batch)._replace(model_state=before.model_state)
 
         def evaluate(omega: OuterParams) -> tuple[InnerSolution, Hypergradient, OuterParams, ModelState]:
             """The inner solution at omega, the hypergradient as the objectives see omega, and by omega itself."""
             f, outer_model_state, pull_back = seen(omega, state.outer_model_state, batch, outer_key)
-            check_inner("step", problem, model, f, before.params, before.model_state, batch)
-            check_outer("step", problem, model, f, before.params, before.model_state, outer_batch)
+            lower, reached = (before.params, before.model_state), inner_init is not None
+            check_objectives("step", problem, model, estimator, f, *lower, batch, outer_batch, told, reached=reached)
             solve = _inner_solve(
                 problem, model, inner_optimizer, estimator.unroll, start, inner_batch, inner_key, inner_steps, f
             )
-            inner, hyper = estimator.estimate(
-                problem, model, solve, f, batch, outer_batch, state.estimator_state, estimator_key
-            )
+            inner, hyper = estimator.estimate(problem, model, solve, f, batch, outer_batch, warm_start, estimator_key)
             hyper = _averaged(problem, f, hyper)
             return inner, hyper, pull_back(hyper.gradient), outer_model_state
 

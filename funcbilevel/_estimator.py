@@ -4,6 +4,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 
+from funcbilevel._described import describe, fields_that_differ
 from funcbilevel._fit import FitState
 from funcbilevel._model import Model
 from funcbilevel._problem import FunctionalProblem
@@ -43,6 +44,9 @@ class Hypergradient(NamedTuple):
     state: PyTree
     metrics: Metrics
 
+    def __repr__(self) -> str:
+        return fields_that_differ(self)
+
 
 class InnerSolution(NamedTuple):
     """The inner level after its steps.
@@ -56,6 +60,9 @@ class InnerSolution(NamedTuple):
     fit: FitState
     metrics: Metrics
     diverged: jax.Array
+
+    def __repr__(self) -> str:
+        return fields_that_differ(self)
 
 
 class InnerSolve(Protocol):
@@ -95,12 +102,19 @@ class Estimator(NamedTuple):
         unroll: how many of the last inner steps `solve` makes anew from `outer_params`, to be differentiated
             through. With 0 the inner fit is over before `estimate` is called, and `solve` only returns it.
         functional: whether it needs a `FunctionalProblem`.
+        implicit: whether it estimates the implicit part, so that inner_objective has to depend on outer_params.
+        description: the call that made it, for `repr`.
     """
 
     init: EstimatorInit
     estimate: Estimate
     unroll: int = 0
     functional: bool = False
+    implicit: bool = True
+    description: str = ""
+
+    def __repr__(self) -> str:
+        return describe(self)
 
 
 class AdjointSystem(NamedTuple):
@@ -122,6 +136,9 @@ class AdjointSystem(NamedTuple):
     x_Q: Inputs
     mean: LinearMap
 
+    def __repr__(self) -> str:
+        return fields_that_differ(self)
+
 
 class AdjointInit(Protocol):
     def __call__(
@@ -141,10 +158,15 @@ class Adjoint(NamedTuple):
     Attributes:
         init: `(key, problem, model, inner, inner_batch) -> state`.
         fit: `(system, model, inner, state, key) -> (a(x_P), state, metrics)`.
+        description: the call that made it, for `repr`.
     """
 
     init: AdjointInit
     fit: AdjointFit
+    description: str = ""
+
+    def __repr__(self) -> str:
+        return describe(self)
 
 
 def no_state(*_: Any) -> PyTree:

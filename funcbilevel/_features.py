@@ -18,7 +18,7 @@ Features: TypeAlias = Callable[[InnerParams, Inputs], jax.Array] | Model
 def check_is_features(function: str, features: object) -> None:
     """That `features` is of the right kind."""
     if not isinstance(features, Model):
-        check_callable(function, "features", features)
+        check_callable(function, "features", features, "inner_params, inputs")
 
 
 def evaluate_features(function: str, features: Features, inner: FitState, inputs: Inputs) -> jax.Array:

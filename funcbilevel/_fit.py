@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from funcbilevel._described import fields_that_differ
 from funcbilevel._typing import Key, Metrics, ModelState, PyTree
 
 
@@ -22,6 +23,9 @@ class FitState(NamedTuple):
     params: PyTree
     opt_state: optax.OptState
     model_state: ModelState
+
+    def __repr__(self) -> str:
+        return fields_that_differ(self)
 
 
 # (params, model_state, key, step) -> ((value, (metrics, model_state)), gradient)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import jax.scipy.sparse.linalg as sparse
 
 from funcbilevel._arguments import check_at_least, check_number, check_positive
+from funcbilevel._described import describe, described
 from funcbilevel._tree import (
     all_finite,
     tree_add_scaled,
@@ -36,12 +37,18 @@ class LinearSolver(NamedTuple):
             dtype, the widest of those of inner_params and float32 at least, and `rhs` is scaled to a size near one, so
             that no inner product under- or overflows.
         damping: delta >= 0, added to the diagonal before `solve` sees the matrix.
+        description: the call that made it, for `repr`.
     """
 
     solve: Callable[[LinearMap, PyTree, PyTree | None], PyTree]
     damping: float = 0.0
+    description: str = ""
+
+    def __repr__(self) -> str:
+        return describe(self)
 
 
+@described
 def cg(num_steps: int, damping: float = 0.0, rtol: float = 0.0) -> LinearSolver:
     """Conjugate gradients: one Hessian product per step; for a positive definite Hessian.
 
@@ -71,6 +78,7 @@ def cg(num_steps: int, damping: float = 0.0, rtol: float = 0.0) -> LinearSolver:
     return LinearSolver(solve, damping)
 
 
+@described
 def normal_cg(num_steps: int, damping: float = 0.0, rtol: float = 0.0) -> LinearSolver:
     """Conjugate gradients on the normal equations A A u = A b: two Hessian products per step.
 
@@ -95,6 +103,7 @@ def normal_cg(num_steps: int, damping: float = 0.0, rtol: float = 0.0) -> Linear
     return LinearSolver(solve, damping)
 
 
+@described
 def gmres(num_steps: int, damping: float = 0.0, rtol: float = 0.0) -> LinearSolver:
     """GMRES without restart: one Hessian product per step, and a Krylov basis of `num_steps` vectors in memory.
 
@@ -124,6 +133,7 @@ def gmres(num_steps: int, damping: float = 0.0, rtol: float = 0.0) -> LinearSolv
     return LinearSolver(solve, damping)
 
 
+@described
 def neumann(num_steps: int, step_size: float, damping: float = 0.0) -> LinearSolver:
     """The truncated Neumann series u = step_size * sum_{k<=K} (I - step_size A)^k b, from zero every time.
 
@@ -154,6 +164,7 @@ def neumann(num_steps: int, step_size: float, damping: float = 0.0) -> LinearSol
     return LinearSolver(solve, damping)
 
 
+@described
 def gradient_descent(num_steps: int, step_size: float, damping: float = 0.0) -> LinearSolver:
     """Gradient descent on 1/2 <u, A u> - <b, u>, from the previous outer step's solution when warm-started.
 
@@ -183,6 +194,7 @@ def gradient_descent(num_steps: int, step_size: float, damping: float = 0.0) -> 
     return LinearSolver(solve, damping)
 
 
+@described
 def identity() -> LinearSolver:
     """u = b: the inverse Hessian replaced by the identity (T1-T2 of Luketina et al. 2016; often cheap and often wrong).
 
@@ -195,6 +207,7 @@ def identity() -> LinearSolver:
     return LinearSolver(lambda matvec, rhs, initial: rhs)
 
 
+@described
 def from_lineax(solver: lineax.AbstractLinearSolver[Any], damping: float = 0.0) -> LinearSolver:
     """Any lineax solver, for example `lineax.GMRES(rtol, atol)`; the operator is tagged positive semidefinite.
 
@@ -214,7 +227,7 @@ def from_lineax(solver: lineax.AbstractLinearSolver[Any], damping: float = 0.0) 
 
     check_at_least("from_lineax", "damping", damping, 0.0)
     if not isinstance(solver, lineax.AbstractLinearSolver):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"from_lineax: solver must be a lineax solver object, got {solver!r}.")
+        raise TypeError(f"from_lineax: solver must be a lineax solver object, got {type(solver).__name__} {solver!r}.")
 
     def solve(matvec: LinearMap, rhs: PyTree, initial: PyTree | None) -> PyTree:
         operator = lineax.FunctionLinearOperator(

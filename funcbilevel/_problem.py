@@ -6,13 +6,15 @@ problem, inner_params theta in a parametric one. The same four functions serve b
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
+from funcbilevel._arguments import check_callable
+from funcbilevel._described import fields_that_differ
 from funcbilevel._model import Model
 from funcbilevel._tracing import reverse_only
 from funcbilevel._tree import moments, scalar_metrics, tree_add_scaled, tree_norm, tree_vdot
@@ -76,8 +78,13 @@ class FunctionalProblem:
     has_aux: bool = False
     axis_name: str | None = None
 
+    def __repr__(self) -> str:
+        return fields_that_differ(self)
+
     def __post_init__(self) -> None:
-        _check_callables(self, ("inner_objective", "outer_objective", "inputs"))
+        for name in ("inner_objective", "outer_objective"):
+            check_callable("FunctionalProblem", name, getattr(self, name), "outer_params, prediction, batch")
+        check_callable("FunctionalProblem", "inputs", self.inputs, "batch")
 
 
 @dataclass(frozen=True)
@@ -113,8 +120,12 @@ class ParametricProblem:
     has_aux: bool = False
     axis_name: str | None = None
 
+    def __repr__(self) -> str:
+        return fields_that_differ(self)
+
     def __post_init__(self) -> None:
-        _check_callables(self, ("inner_objective", "outer_objective"))
+        for name in ("inner_objective", "outer_objective"):
+            check_callable("ParametricProblem", name, getattr(self, name), "outer_params, inner_params, batch")
 
 
 Problem: TypeAlias = FunctionalProblem | ParametricProblem
@@ -189,8 +200,11 @@ class Predictor:
         head: V, [p, num_outputs], of a model from `variable_projection`; None for others.
     """
 
-    apply: Callable[[Inputs], Prediction]
+    apply: Callable[[Inputs], Prediction] = field(repr=False)
     head: jax.Array | None = None
+
+    def __repr__(self) -> str:
+        return fields_that_differ(self)
 
     def __call__(self, inputs: Inputs) -> Prediction:
         """The prediction on `inputs`, leaves [n, ...]."""
@@ -399,12 +413,6 @@ def training_value_and_grad(
     return value_and_grad if model is None or model.head is None else projected_value_and_grad
 
 
-def _check_callables(problem: Problem, names: tuple[str, ...]) -> None:
-    for name in names:
-        if not callable(value := getattr(problem, name)):
-            raise TypeError(f"{type(problem).__name__}: {name} must be callable, got {type(value).__name__}.")
-
-
 def _evaluate(
     problem: Problem, level: str, outer_params: OuterParams, u: PyTree, batch: Batch
 ) -> tuple[jax.Array, Metrics]:
@@ -434,7 +442,8 @@ def _evaluate(
     if not jnp.issubdtype(value.dtype, jnp.floating):
         raise TypeError(
             f"{name} must return a floating-point scalar, got dtype {value.dtype}; it is differentiated, so compute it "
-            "from floating-point values without counting or comparing, and take the real part of complex ones."
+            "from floating-point values without counting or comparing; of complex ones take a real function, such as "
+            "jnp.abs(z) ** 2."
         )
     return value, scalar_metrics(level, aux)
 

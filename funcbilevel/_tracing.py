@@ -8,10 +8,10 @@ import jax
 from funcbilevel._typing import PyTree
 
 
-def dependence(f: Callable[..., jax.Array], *args: PyTree) -> list[PyTree]:
+def dependence(f: Callable[..., jax.Array], *args: PyTree) -> tuple[list[PyTree], Any]:
     """For each argument a tree of bools: whether the derivative of f by that leaf is more than a structural zero.
 
-    Each leaf passes through an identity whose backward rule leaves a mark: JAX calls the rule while tracing exactly
+    And the jaxpr of the derivatives. Each leaf passes through an identity whose backward rule leaves a mark: JAX calls the rule while tracing exactly
     where a derivative path exists.
     """
     leaves, structure = jax.tree.flatten(args)
@@ -29,8 +29,8 @@ def dependence(f: Callable[..., jax.Array], *args: PyTree) -> list[PyTree]:
     def of_marked(leaves: list[Any]) -> jax.Array:
         return f(*jax.tree.unflatten(structure, [marked(i, leaf) for i, leaf in enumerate(leaves)]))
 
-    jax.eval_shape(jax.grad(of_marked), leaves)
-    return list(jax.tree.unflatten(structure, found))
+    jaxpr = jax.make_jaxpr(jax.grad(of_marked))(leaves)
+    return list(jax.tree.unflatten(structure, found)), jaxpr
 
 
 def reverse_only(f: Callable[..., Any], *args: PyTree) -> bool:

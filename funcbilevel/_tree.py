@@ -105,6 +105,14 @@ def stays_finite(before: PyTree, after: PyTree) -> jax.Array:
     return all_finite([jnp.where(jnp.isfinite(x), y, 0) for x, y in pairs if jnp.issubdtype(x.dtype, jnp.inexact)])
 
 
+METRICS = (
+    *("inner_objective", "outer_objective", "hypergradient_norm", "explicit_norm", "implicit_norm"),
+    *("inner_finite", "adjoint_finite", "outer_finite", "inner_gradient_norm", "inner_gradient_relative"),
+    *("linear_residual", "linear_converged", "linear_curvature"),
+    *("adjoint_objective", "adjoint_inputs_match", "penalty_objective"),
+)
+
+
 def scalar_metrics(level: str, aux: PyTree) -> Metrics:
     """Flattens aux to `level/path` -> scalar; a leaf with several elements is reported by its mean."""
 
@@ -117,8 +125,19 @@ def scalar_metrics(level: str, aux: PyTree) -> Metrics:
             ) from error
         return x if x.ndim == 0 else jnp.mean(x)
 
-    leaves = {path_name(path) or "aux": x for path, x in jax.tree_util.tree_flatten_with_path(aux)[0]}
-    return {f"{level}/{name}": scalar(name, x) for name, x in leaves.items()}
+    leaves = [(path_name(path) or "aux", x) for path, x in jax.tree_util.tree_flatten_with_path(aux)[0]]
+    names = [name for name, _ in leaves]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(
+                f"{level}_objective: two entries of aux have the name {name!r} once their keys are joined by '/'; "
+                "rename one of them."
+            )
+        if name in METRICS:
+            raise ValueError(
+                f"{level}_objective: aux holds {name!r}, the name of one of the solver's own metrics; rename it."
+            )
+    return {f"{level}/{name}": scalar(name, x) for name, x in leaves}
 
 
 def path_name(path: tuple[Any, ...]) -> str:

@@ -30,7 +30,9 @@ SHORT = [name.removeprefix("funcbilevel.") for name in MODULES]
 LAYERS = [
     {"_typing"},
     {"_tree", "_tracing"},
-    {"_arguments", "_model"},
+    {"_described"},
+    {"_arguments", "_broadcast"},
+    {"_model"},
     {"_partition", "_draws"},
     {"_problem", "_fit"},
     {"_estimator"},

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from funcbilevel._check import warn_of_ignored
+from funcbilevel._described import described
 from funcbilevel._estimator import Estimator, Hypergradient, InnerSolution, InnerSolve
 from funcbilevel._fit import FitState
 from funcbilevel._linear_solvers import LinearSolver, as_linear_solver, rescaled, solve_linear
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     import lineax
 
 
+@described
 def aid(linear_solver: LinearSolver | lineax.AbstractLinearSolver[Any], warm_start: bool = True) -> Estimator:
     r"""Approximate implicit differentiation (AID).
 
@@ -91,7 +93,7 @@ def aid(linear_solver: LinearSolver | lineax.AbstractLinearSolver[Any], warm_sta
         value, aux, g_exp, d = outer_derivatives(problem, outer_params, theta, outer_batch)
         gradient, hessian = inner_derivatives(problem, outer_params, theta, inner_batch)
 
-        (seen,) = dependence(lambda theta: inner_value(problem, outer_params, theta, inner_batch)[0], theta)
+        (seen,), _ = dependence(lambda theta: inner_value(problem, outer_params, theta, inner_batch)[0], theta)
         warn_of_ignored("aid", seen)
 
         def part(tree: PyTree) -> list[jax.Array]:  # the leaves that are in the system

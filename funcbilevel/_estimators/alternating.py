@@ -3,12 +3,14 @@
 import jax
 import jax.numpy as jnp
 
+from funcbilevel._described import described
 from funcbilevel._estimator import Estimator, Hypergradient, InnerSolution, InnerSolve, no_state
 from funcbilevel._model import Model
 from funcbilevel._problem import Problem, as_parametric, outer_value
 from funcbilevel._typing import Batch, Key, OuterParams, PyTree
 
 
+@described
 def alternating() -> Estimator:
     r"""Alternating gradient steps: :math:`\nabla F(\omega) \approx \partial_\omega L_{out}(\omega, h)`.
 
@@ -46,4 +48,4 @@ def alternating() -> Estimator:
         zero = jax.tree.map(jnp.zeros_like, g_exp)
         return inner, Hypergradient(g_exp, g_exp, zero, value, state, aux | {"adjoint_finite": jnp.array(True)})
 
-    return Estimator(no_state, estimate)
+    return Estimator(no_state, estimate, implicit=False)

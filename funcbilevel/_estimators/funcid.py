@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 from funcbilevel._check import check_prediction, problem_inputs
+from funcbilevel._described import described
 from funcbilevel._estimator import Adjoint, AdjointSystem, Estimator, Hypergradient, InnerSolution, InnerSolve
 from funcbilevel._linear_solvers import rescaled
 from funcbilevel._problem import (
@@ -23,6 +24,7 @@ from funcbilevel._typing import Batch, InnerParams, Key, OuterParams, Prediction
 BATCHES = ("inner_batch", "outer_batch")
 
 
+@described
 def funcid(adjoint: Adjoint) -> Estimator:
     r"""Functional implicit differentiation (FuncID).
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from funcbilevel._arguments import check_number
+from funcbilevel._described import described
 from funcbilevel._estimator import Estimator, Hypergradient, InnerSolution, InnerSolve, no_state
 from funcbilevel._model import Model
 from funcbilevel._problem import Problem, as_parametric, outer_value
@@ -14,6 +15,7 @@ from funcbilevel._tree import tree_add_scaled
 from funcbilevel._typing import Batch, Key, Metrics, OuterParams, PyTree
 
 
+@described
 def itd(num_steps: int, mode: Literal["reverse", "forward"] = "reverse", remat: bool = False) -> Estimator:
     r"""Iterative differentiation (ITD) through the last T = `num_steps` of the M inner steps.
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from funcbilevel._arguments import check_at_least, check_number
+from funcbilevel._described import described
 from funcbilevel._estimator import Adjoint, AdjointSystem, no_state
 from funcbilevel._features import Features, check_is_features, evaluate_features
 from funcbilevel._fit import FitState
@@ -13,6 +14,7 @@ from funcbilevel._tree import moments, tree_cast, working_dtype
 from funcbilevel._typing import Key, Metrics, Prediction, PyTree
 
 
+@described
 def linear_adjoint(features: Features, ridge: float = 0.0, num_steps: int = 500) -> Adjoint:
     r"""a(x) = phi(x) W on frozen features phi, with W the exact minimiser of
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from funcbilevel._arguments import check_like
+from funcbilevel._described import described
 from funcbilevel._estimator import Adjoint, AdjointSystem, no_state
 from funcbilevel._fit import FitState
 from funcbilevel._linear_solvers import in_working_dtype, linear_metrics, rescaled
@@ -14,6 +15,7 @@ from funcbilevel._tree import tree_cast, working_dtype
 from funcbilevel._typing import Key, LinearMap, Metrics, Prediction, PyTree
 
 
+@described
 def pointwise_adjoint() -> Adjoint:
     r"""One unrestricted value per sample: :math:`a_i = -C_i^{-1} d_i`, with C_i the k-by-k block of C at sample i.
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from funcbilevel._described import described
 from funcbilevel._estimator import Estimator
 from funcbilevel._estimators._penalty import penalised
 from funcbilevel._problem import ParametricProblem, inner_value, mean_over_devices
@@ -11,6 +12,7 @@ from funcbilevel._tree import tree_norm
 from funcbilevel._typing import Batch, InnerParams, Metrics, OuterParams
 
 
+@described
 def value_penalty(
     optimizer: optax.GradientTransformation, num_steps: int, penalty: float, warm_start: bool = True
 ) -> Estimator:
