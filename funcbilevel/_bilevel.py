@@ -76,8 +76,8 @@ def hypergradient(
 
     Warns:
         UserWarning: outside of jit, where the metrics show that an assumption of the estimator fails: the inner
-            solution is not stationary (`inner_gradient_relative` > 0.001), or the batches of `pointwise_adjoint` differ.
-            At trace time, where the inner objective does not see some leaf of inner_params.
+            solution is not stationary (`inner_gradient_relative` > 0.001), or the batches of `pointwise_adjoint`
+            differ. At trace time, where the inner objective does not see some leaf of inner_params.
 
     Example: the derivative of a ridge regression's validation loss by its log-penalty.
         >>> import jax, jax.numpy as jnp, funcbilevel as fb

@@ -11,8 +11,8 @@ from funcbilevel._typing import PyTree
 def dependence(f: Callable[..., jax.Array], *args: PyTree) -> tuple[list[PyTree], Any]:
     """For each argument a tree of bools: whether the derivative of f by that leaf is more than a structural zero.
 
-    And the jaxpr of the derivatives. Each leaf passes through an identity whose backward rule leaves a mark: JAX calls the rule while tracing exactly
-    where a derivative path exists.
+    And the jaxpr of the derivatives. Each leaf passes through an identity whose backward rule leaves a mark: JAX calls
+    the rule while tracing exactly where a derivative path exists.
     """
     leaves, structure = jax.tree.flatten(args)
     found = [False] * len(leaves)
