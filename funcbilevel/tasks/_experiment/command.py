@@ -81,6 +81,7 @@ def execute(task: Task, options: Options, args: Sequence[str]) -> None:
     there = _count(directory)
     going_on = f", where {there} runs are recorded already" if there else ""
     console.print(f"{options.task}: results go to {directory}{going_on}", soft_wrap=True)
+    sys.stdout.flush()
     with interruptible(lambda: _how_to_go_on(options, directory, args)):
         with progress(options.status, options.progress) as track:
             options.work(directory, track)
@@ -123,8 +124,10 @@ def check_surroundings(device: str | None = None, spread: bool = False) -> None:
         jax.devices()
     except RuntimeError as error:
         asked = f"--device {device}" if device else f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}"
-        reason = str(error).splitlines()[0]
-        raise UserError(f"JAX cannot compute with {asked} ({reason}); pass --device cpu, or unset it.") from error
+        reason = str(error).splitlines()[0].partition(" (set JAX_PLATFORMS")[0].rstrip(".")
+        raise UserError(
+            f"JAX cannot compute with {asked}; pass --device cpu, or unset it. It says: {reason}."
+        ) from error
     if backend := os.environ.get("MPLBACKEND"):
         try:
             import matplotlib  # noqa: F401, PLC0415  # pyright: ignore[reportUnusedImport]

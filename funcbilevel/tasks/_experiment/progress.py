@@ -48,7 +48,9 @@ def _lines(console: Any, status: Status) -> Track:
             first = first or time.perf_counter() - start
             done += len(metrics["outer_objective"])
             if done >= total:
-                seconds = f"{time.perf_counter() - start:.1f} s, with compiling {first:.1f} s to the first report"
+                seconds = (
+                    f"{time.perf_counter() - start:.1f} s ({first:.1f} s until the first steps were compiled and done)"
+                )
                 console.print(f"{label:<17} {total} outer steps, {status(metrics)}, {seconds}", soft_wrap=True)
 
         return callback

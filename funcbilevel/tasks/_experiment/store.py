@@ -298,8 +298,11 @@ def beside(store: Store, kind: str) -> dict[Key, dict[str, Any]]:
     """What stands beside the finished runs, by their keys."""
     content, known = _load(path := store.beside(kind), _check_beside), {key_of(line) for line in records(store)}
     _warn(path, content.dropped)
-    lines = {key_of(line, store.task): line for line in reversed(content.lines)}
-    return {key: line for key, line in lines.items() if key in known}
+    lines: dict[Key, dict[str, Any]] = {}
+    for line in content.lines:
+        if (key := key_of(line, store.task)) in known:
+            lines.setdefault(key, line)
+    return lines
 
 
 def missing(store: Store, runs: Iterable[Run]) -> list[Run]:

@@ -7,13 +7,11 @@ from pathlib import Path
 from funcbilevel.tasks._experiment.command import Task
 from funcbilevel.tasks._experiment.errors import UserError
 from funcbilevel.tasks._experiment.grid import Track, complete
-from funcbilevel.tasks._experiment.methods import in_order
 from funcbilevel.tasks._experiment.options import Sweep, flag
 from funcbilevel.tasks._experiment.store import Store
-from funcbilevel.tasks.pathways import train
+from funcbilevel.tasks.pathways import report, train
 from funcbilevel.tasks.pathways.methods import METHODS, Setting
 from funcbilevel.tasks.pathways.problem import Design, check
-from funcbilevel.tasks.pathways.report import report
 
 
 @dataclass(frozen=True)
@@ -69,14 +67,10 @@ class RunPathways(Sweep):
     def work(self, directory: Path, track: Track) -> None:
         """Adds what is missing to runs.jsonl."""
         always = [name for name, method in METHODS.items() if method.always]
-        methods, setting = (
-            in_order(METHODS, [*always, *self.all_methods]),
-            Setting(self.width, num_steps=self.num_steps),
-        )
-        runs = train.runs(methods, self.design, setting, self.all_seeds)
-        complete(
-            Store(directory, self.task), runs, partial(train.train, self.design, setting, track), train.one_program
-        )
+        setting = Setting(self.width, num_steps=self.num_steps)
+        runs = train.runs([*always, *self.all_methods], self.design, setting, self.all_seeds)
+        make = partial(train.train, self.design, setting, track)
+        complete(Store(directory, self.task), runs, make, train.one_program)
 
 
-TASK = Task("pathways", report, run=RunPathways)
+TASK = Task("pathways", report.report, run=RunPathways)
