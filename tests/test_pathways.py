@@ -204,7 +204,7 @@ def test_run(tmp_path, capsys):
         assert word in table
     assert "lagrangian        5 outer steps, outer objective" in output.err
     names = ["config.json", "pathways.png", "runs.jsonl", "table.md"]
-    assert sorted(path.name for path in directory.iterdir()) == names
+    assert sorted(path.name for path in directory.glob("[!.]*")) == names
     records = store.read(directory / "runs.jsonl")
     assert sum(r["method"] == "lagrangian" for r in records) == 24
     shares = [r["metrics"]["known_share"] for r in records if r["method"] == "known-genes"]
