@@ -99,7 +99,7 @@ def _description(options: Any) -> str | None:
     """A command's docstring and its methods; None for the docstring alone."""
     if not issubclass(options, Options) or not options.table:
         return None
-    return f"{(options.__doc__ or '').strip()}\n\nMethods:\n{methods.description(options.table)}"
+    return f"{(options.__doc__ or '').strip()}\n\nMethods: {methods.description(options.table)}."
 
 
 def _run(options: Any, args: Sequence[str]) -> None:

@@ -86,7 +86,7 @@ def resolve_all(option: str, methods: Methods, names: Iterable[str]) -> tuple[st
 
 def description(methods: Methods) -> str:
     """The methods that the command line takes, for its help."""
-    return "\n".join(
+    return "; ".join(
         f"{name}{' (or ' + ', '.join(methods[name].aliases) + ')' if methods[name].aliases else ''}: "
         f"{methods[name].help}"
         for name in choices(methods)
