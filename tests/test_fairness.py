@@ -1,9 +1,7 @@
 """Fair classification: losses and metrics against fairlearn and by hand, the methods' updates, data, and commands."""
 
-import hashlib
 import itertools
 import json
-import os
 from pathlib import Path
 
 import fairlearn.metrics
@@ -11,15 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pandas as pd
 import pytest
 
 import funcbilevel as fb
 from funcbilevel import cli
-from funcbilevel.tasks import _records, fairness, fairness_commands, fairness_data
+from funcbilevel.tasks import _records, fairness, fairness_commands
 from funcbilevel.tasks._experiment import statistics
+from funcbilevel.tasks.data import nba, synthetic
+from funcbilevel.tasks.data.dataset import Batch, Graph
 from funcbilevel.tasks.fairness import Game, Hyper, Setting
-from funcbilevel.tasks.fairness_data import Batch, Graph
 
 ROOT = Path(__file__).parents[1]
 SMALL = Setting((5, 1), (4,), 2, batch_size=20)
@@ -265,7 +263,7 @@ def test_networks_and_their_parts():
     row = fairness.layers((6, 1), (5,), 2)
     rng = np.random.default_rng(0)
     edges = rng.integers(7, size=(12, 2))
-    graph = Graph(jnp.asarray(rng.normal(size=(7, 3)), jnp.float32), jnp.asarray(fairness_data.normalised(edges, 7)))
+    graph = Graph(jnp.asarray(rng.normal(size=(7, 3)), jnp.float32), jnp.asarray(nba.normalised(edges, 7)))
     inputs = {fairness.MLP: jnp.ones((4, 3)), fairness.CNN: jnp.ones((4, 8, 8, 2)), fairness.GCN: graph}
     for kind, x in inputs.items():
         network = fairness.network(x, row)
@@ -308,14 +306,6 @@ def test_attention_over_columns():
     np.testing.assert_allclose(network.apply(params, x), expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match=r"columns of features \[n, d\], got inputs \(4, 8, 8, 2\)"):
         fairness.network(jnp.ones((4, 8, 8, 2)), row)
-
-
-def test_normalised_adjacency():
-    a = fairness_data.normalised(np.array([[0, 1], [1, 0], [1, 2]]), 4)
-    expected = np.array([[1, 1, 0, 0], [1, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 1]]) / np.sqrt(
-        np.outer(*2 * ([2, 3, 2, 1],))
-    )
-    np.testing.assert_allclose(a, expected, rtol=1e-6)
 
 
 # Updates.
@@ -570,7 +560,7 @@ def test_simultaneous_shares_the_forward_pass():
 
 @pytest.fixture(scope="module")
 def data():
-    return fairness_data.synthetic(n=160)
+    return synthetic.load(n=160)
 
 
 def test_cells_of_a_sweep_are_the_runs_by_themselves(data):
@@ -650,170 +640,6 @@ def test_the_front_is_selected_on_validation():
     assert fairness.selected_hypervolume(cells) == pytest.approx(0.8 * 0.8 + 0.7 * 0.1)
 
 
-# Data.
-
-ROWS = {
-    "adult.data": [
-        "39, State-gov, 77516, Bachelors, 13, Never-married, Adm-clerical, Not-in-family, White, Male, 2174, 0, 40, "
-        "United-States, <=50K",
-        "50, Private, 83311, HS-grad, 9, Divorced, Sales, Husband, Black, Female, 0, 0, 13, Cuba, >50K",
-        "38, ?, 215646, HS-grad, 9, Divorced, Sales, Husband, White, Male, 0, 0, 40, United-States, <=50K",
-        "28, Private, 338409, Masters, 14, Divorced, Sales, Wife, White, Female, 0, 1902, 60, Cuba, >50K",
-        "20, Private, 338409, Masters, 14, Divorced, Sales, Wife, Other, Male, 10, 5, 50, Cuba, <=50K",
-    ],
-    "adult.test": [
-        "90, Never-worked, 226802, Masters, 7, Divorced, Sales, Wife, Black, Male, 0, 0, 40, Cuba, >50K.",
-        "25, Private, 226802, Masters, 7, Divorced, Sales, Wife, Black, Female, 0, 0, 40, ?, <=50K.",
-        "25, Private, 226802, Masters, 7, Divorced, Sales, Wife, Black, Female, 0, 0, 40, Cuba, <=50K.",
-    ],
-}
-
-
-def write_adult(directory, header):
-    for name, rows in ROWS.items():
-        first = [header] if header else ["|1x3 Cross validator"] * (name == "adult.test")
-        (directory / name).write_text("\n".join([*first, *rows, "", ""]))
-    return directory
-
-
-@pytest.mark.parametrize("header", ["", ", ".join([*fairness_data._ADULT_COLUMNS[:-1], "Y"])])
-def test_adult(tmp_path, header):
-    dataset = fairness_data.adult(write_adult(tmp_path, header), ("sex", "race"), validation=0.25)
-    assert [len(part.y) for part in (dataset.train, dataset.validation, dataset.test)] == [3, 1, 2]
-    assert dataset.num_groups == (2, 3)
-    assert dataset.test.y.tolist() == [1.0, 0.0]
-    assert dataset.test.groups.tolist() == [[1, 0], [0, 0]]  # Female, Male; Black, Other, White
-    # five numbers, sex in one column, and 2 + 3 + 2 + 2 + 3 + 3 + 2 categories
-    assert dataset.train.x.shape[1] == 5 + 1 + 17
-    assert np.min(dataset.train.x) == 0.0
-    assert np.max(dataset.train.x) == 1.0
-    ages = np.array([39, 50, 28, 20])
-    kept = sorted(fairness_data.split(4, (0.25,), 0)[1].tolist())
-    low, high = ages[kept].min(), ages[kept].max()
-    assert dataset.test.x[0, 0] == pytest.approx((90 - low) / (high - low))  # scaled by the training part alone
-    assert np.sum(dataset.test.x[0, 5:] != 0) == 7  # "Never-worked" is unknown: eight categories less one
-    assert np.sum(dataset.test.x[1, 5:] != 0) == 7  # "Female" is the zero of its column
-
-
-def test_adult_education(tmp_path):
-    dataset = fairness_data.adult(write_adult(tmp_path, ""), ("race",), validation=0.25, label="education")
-    assert dataset.name == "adult-education"
-    assert (dataset.num_classes, dataset.num_groups) == (4, (3,))
-    labels = {39: 3, 50: 1, 28: 3, 20: 3, 90: 0, 25: 0}  # education-num 13, 9, 14, 14, and 7 in adult.test
-    kept = fairness_data.split(4, (0.25,), 0)[1]
-    assert dataset.train.y.tolist() == [list(labels.values())[i] for i in kept]
-    assert dataset.test.y.tolist() == [0.0, 0.0]
-    # income, four numbers, sex in one column, and 2 + 3 + 2 + 3 + 3 + 2 categories without the education's 3
-    assert dataset.train.x.shape[1] == 1 + 4 + 1 + 14
-    assert dataset.test.x[:, 0].tolist() == [1.0, 0.0]
-    with pytest.raises(ValueError, match="label must be one of income, education, got 'sex'"):
-        fairness_data.adult(tmp_path, label="sex")
-
-
-def test_adult_elsewhere(tmp_path, monkeypatch):
-    monkeypatch.setenv(fairness_data.ADULT_VARIABLE, str(tmp_path))
-    with pytest.raises(FileNotFoundError, match=r"adult\.data; FUNCBILEVEL_ADULT_DIR must name"):
-        fairness_data.adult()
-    with pytest.raises(ValueError, match=r"attributes must be among workclass.*got \['colour'\]"):
-        fairness_data.adult(attributes=("sex", "colour"))
-    write_adult(tmp_path, "")
-    (tmp_path / "adult.test").write_text(ROWS["adult.test"][0].replace(">50K.", "rich"))
-    with pytest.raises(ValueError, match=r"adult\.test: the last column must be <=50K or >50K, got rich"):
-        fairness_data.adult()
-
-
-def test_fetch_compares_checksums(tmp_path):
-    source, target = tmp_path / "source", tmp_path / "target"
-    source.write_text("data")
-    right = hashlib.sha256(b"data").hexdigest()
-    with pytest.raises(OSError, match=f"has SHA-256 {right}, not 00"):
-        fairness_data.fetch(source.as_uri(), target, "00")
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]
-    fairness_data.fetch(source.as_uri(), target, right)
-    assert target.read_text() == "data"
-    source.unlink()
-    fairness_data.fetch(source.as_uri(), target, right)  # it is there already
-
-
-@pytest.mark.skipif(fairness_data.ADULT_VARIABLE not in os.environ, reason="FUNCBILEVEL_ADULT_DIR is not set")
-def test_the_real_adult():
-    dataset = fairness_data.adult(attributes=("sex", "race"))
-    assert len(dataset.train.y) + len(dataset.validation.y) == 30162
-    assert len(dataset.test.y) == 15060
-    assert dataset.train.x.shape[1] == 102
-    assert dataset.num_groups == (2, 5)
-    gap = fairness.gap(*fairness.group_rates(dataset.test.y, dataset.test.groups[:, 0], 2, dataset.test.weight))
-    assert float(gap) == pytest.approx(0.20, abs=0.01)  # of the labels themselves
-
-
-@pytest.mark.skipif(fairness_data.NBA_VARIABLE not in os.environ, reason="FUNCBILEVEL_NBA_DIR is not set")
-def test_the_real_nba():
-    dataset = fairness_data.nba()
-    weights = np.stack([part.weight for part in (dataset.train, dataset.validation, dataset.test)])
-    assert weights.sum(axis=1).tolist() == [100, 71, 142]
-    assert weights.sum(axis=0).max() == 1.0
-    assert dataset.train.x.features.shape == (403, 96)
-    assert np.all(np.isfinite(dataset.train.x.features))
-    assert not np.array_equal(fairness_data.nba(seed=1).train.weight, dataset.train.weight)
-
-
-def test_health(tmp_path, monkeypatch):
-    rng, n = np.random.default_rng(0), 60
-    age = rng.integers(9, size=n)
-    columns = {
-        "MemberID_t": np.arange(n),
-        "YEAR_t": np.where(np.arange(n) < 50, "Y3", "Y2"),
-        "DaysInHospital": rng.integers(3, size=n),
-        "trainset": 1,
-        "sexMISS": np.arange(n) == 0,
-        "age_MISS": np.arange(n) == 1,
-        **{f"age_{k}5": age == k for k in range(9)},
-        "sexMALE": np.arange(n) % 2 == 0,
-        "sexFEMALE": np.arange(n) % 2 == 1,
-        **{f"CharlsonIndexI_{s}": np.arange(n) % 4 for s in ("max", "min", "ave", "range", "stdev")},
-        "no_Claims": rng.normal(size=n),
-        "LabCount_total": rng.normal(size=n),
-    }
-    path = tmp_path / "health.csv"
-    pd.DataFrame({name: np.multiply(v, 1) if name != "YEAR_t" else v for name, v in columns.items()}).to_csv(path)
-    monkeypatch.setenv(fairness_data.HEALTH_VARIABLE, str(path))
-    dataset = fairness_data.health()
-    parts = (dataset.train, dataset.validation, dataset.test)
-    assert [len(part.y) for part in parts] == [30, 8, 10]
-    assert dataset.num_groups == (9,)
-    assert sum(float(np.sum(part.y)) for part in parts) == 36 - 0  # of rows 2..49, those with row % 4 != 0
-    assert dataset.train.x.shape[1] == 7  # index, sexMISS, age_MISS, two features, age, sex
-    np.testing.assert_allclose(
-        dataset.train.x[:, -2] * np.ptp(dataset.train.groups) + dataset.train.groups.min(),
-        dataset.train.groups[:, 0],
-        rtol=1e-5,
-    )
-    with pytest.raises(FileNotFoundError, match="cannot be downloaded"):
-        fairness_data.health(tmp_path / "nothing.csv")
-    pd.read_csv(path).drop(columns=["age_45", "YEAR_t"]).to_csv(path)
-    with pytest.raises(ValueError, match="the columns YEAR_t, age_45 are missing"):
-        fairness_data.health()
-
-
-def test_synthetic_groups_go_with_labels():
-    dataset = fairness_data.synthetic(n=4000, bias=1.0)
-    rows = dataset.train
-    gap = fairness.gap(*fairness.group_rates(jnp.asarray(rows.y), jnp.asarray(rows.groups[:, 0]), 2, jnp.ones(2000)))
-    assert 0.3 < float(gap) < 0.6  # sigmoid(1) - sigmoid(-1) = 0.46
-    again = fairness_data.synthetic(n=4000, bias=1.0)
-    jax.tree.map(np.testing.assert_array_equal, again.test, dataset.test)
-
-
-def test_synthetic_classes():
-    dataset = fairness_data.synthetic(n=4000, num_classes=3)
-    assert dataset.num_classes == 3
-    assert np.unique(dataset.train.y).tolist() == [0.0, 1.0, 2.0]
-    rates = [np.mean(dataset.train.groups[dataset.train.y == c]) for c in range(3)]
-    np.testing.assert_allclose(rates, 1 / (1 + np.exp([1.0, 0.0, -1.0])), atol=0.06)
-    with pytest.raises(ValueError, match="num_classes must be at least 2, got 1"):
-        fairness_data.synthetic(num_classes=1)
-
-
 # Commands.
 
 
@@ -857,7 +683,7 @@ def test_run_of_two_followers_on_three_classes_with_attention(tmp_path, capsys):
 
 def test_older_results_are_still_known():
     """Settings that came later are left out at their defaults: what tells a run from others stays what it was."""
-    dataset = fairness_data.synthetic(n=100)
+    dataset = synthetic.load(n=100)
     settings = fairness_commands.settings_of(dataset, Setting(), Hyper(), 1)
     assert not {"losses", "followers", "attention", "num_classes"} & settings.keys()
     assert fairness_commands.CompareFairness().settings().keys() == {
