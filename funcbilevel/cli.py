@@ -10,7 +10,7 @@ from funcbilevel.tasks import (
     _records,
     arm_commands,
     demand,
-    fairness_commands,
+    fairness,
     gates_commands,
     iv_commands,
     pathways,
@@ -23,7 +23,7 @@ from funcbilevel.tasks._experiment.command import Task
 from funcbilevel.tasks._experiment.errors import UserError
 from funcbilevel.tasks._experiment.options import Options
 
-TASKS: tuple[Task, ...] = (pathways.TASK,)
+TASKS: tuple[Task, ...] = (fairness.TASK, pathways.TASK)
 """A new task is one folder and one entry."""
 OLD: dict[str, dict[str, type[_records.Options]]] = {
     "run": {
@@ -31,7 +31,6 @@ OLD: dict[str, dict[str, type[_records.Options]]] = {
         "iv": iv_commands.RunIV,
         "cartpole": rl_commands.RunCartPole,
         "pendulum": rl_commands.RunPendulum,
-        "fairness": fairness_commands.RunFairness,
         "gates": gates_commands.RunGates,
         "arm": arm_commands.RunArm,
     },
@@ -40,7 +39,6 @@ OLD: dict[str, dict[str, type[_records.Options]]] = {
         "demand": demand.CompareDemand,
         "schooling": schooling_iv.CompareSchooling,
         "cartpole": rl_commands.CompareCartPole,
-        "fairness": fairness_commands.CompareFairness,
         "arm": arm_commands.CompareArm,
     },
 }
