@@ -8,7 +8,10 @@ import pytest
 from funcbilevel import cli
 
 RESULTS = Path(__file__).parents[1] / "benchmarks/results"
-DIRECTORIES = ("pathways",)
+DIRECTORIES = (
+    *("fairness", "fairness-article", "fairness-nba", "fairness-published"),
+    *("fairness-two-followers", "fairness-two-followers-race", "pathways"),
+)
 
 
 @pytest.mark.parametrize("name", DIRECTORIES)
