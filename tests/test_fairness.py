@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import zlib
 from pathlib import Path
 
 import fairlearn.metrics
@@ -18,7 +19,7 @@ from funcbilevel.tasks._experiment import statistics, store
 from funcbilevel.tasks.data import nba, synthetic
 from funcbilevel.tasks.data.dataset import Batch, Graph
 from funcbilevel.tasks.fairness import losses as loss_functions
-from funcbilevel.tasks.fairness import methods, networks, protocols, runs, summary, train
+from funcbilevel.tasks.fairness import methods, networks, protocols, report, runs, summary, train
 from funcbilevel.tasks.fairness.problem import Game, Hyper, Setting
 
 ROOT = Path(__file__).parents[1]
@@ -793,7 +794,24 @@ def test_bad_options(tmp_path, args, message):
     assert not (tmp_path / "run").exists()
 
 
-def test_compare(tmp_path, capsys, monkeypatch):
+@pytest.fixture
+def drawn(monkeypatch):
+    """Training that only draws what it would measure, by method, setting and seed."""
+
+    def sweep(method, setting, dataset, cells, num_epochs, *, chunk, callback):
+        callback(None, {name: np.full(num_epochs, 0.5) for name in ("outer_objective", "accuracy", "dp_gap")})
+        names = ("accuracy", "dp_gap", "dp_gap_soft", "eo_gap")
+        done = []
+        for hyper, seed in cells:
+            rng = np.random.default_rng(zlib.crc32(repr((method, setting, hyper, seed)).encode()))
+            values = dict(zip([*names, *(f"validation_{name}" for name in names)], rng.uniform(size=8), strict=True))
+            done.append(train.Cell(hyper, seed, values, {name: [0.0] for name in train.CURVES}))
+        return train.Sweep(done, 1.0, 0.1)
+
+    monkeypatch.setattr(runs, "sweep", sweep)
+
+
+def test_compare(tmp_path, capsys, monkeypatch, drawn):
     variants = (
         protocols.Variant("single-objective"),
         protocols.Variant("lagrangian", {}, ({"leader_rate": 0.01}, {"leader_rate": 0.003})),
@@ -825,7 +843,7 @@ def test_compare(tmp_path, capsys, monkeypatch):
     assert lines[2].split("|")[10].strip().startswith(f"{difference:+.4f}")
 
 
-def test_compare_followers(tmp_path, capsys, monkeypatch):
+def test_compare_followers(tmp_path, capsys, monkeypatch, drawn):
     protocol = protocols.PROTOCOLS["followers"]
     variants = [protocol.variants[i]._replace(hyper=protocol.variants[i].hyper[:1]) for i in (1, 3)]
     assert [variant.label for variant in variants] == ["lagrangian", "alternating, together"]
@@ -875,3 +893,18 @@ def test_compare_shows_each_setting_of_a_reproduction(tmp_path, capsys, monkeypa
     assert costs[0]["metrics"]["ratio"] == 1.0
     assert "times the Lagrangian's epoch" in capsys.readouterr().out
     assert json.loads((tmp_path / "config.json").read_text())["protocol"] == "article"
+
+
+def test_the_report_is_of_the_records_alone(tmp_path):
+    """In whatever order they stand; a method that the table does not know is shown below the others."""
+    committed = ROOT / "benchmarks/results/fairness-published"
+    lines = (committed / "runs.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "runs.jsonl").write_text("".join(np.random.default_rng(0).permutation(lines)))
+    made = report.report(tmp_path)  # without its config.json
+    assert made.texts["table.md"] == (committed / "table.md").read_text()
+    changed = [line.replace('"lagrangian"', '"fairest"') for line in lines]
+    (tmp_path / "runs.jsonl").write_text("".join(changed))
+    made = report.report(tmp_path)
+    rows = made.texts["table.md"].splitlines()[2:]
+    assert [row.split("|")[1].strip() for row in rows][-2:] == ["frozen-follower", "fairest"]
+    made.figures["fairness.png"](tmp_path / "fairness.png")
