@@ -806,7 +806,7 @@ def drawn(monkeypatch):
             rng = np.random.default_rng(zlib.crc32(repr((method, setting, hyper, seed)).encode()))
             values = dict(zip([*names, *(f"validation_{name}" for name in names)], rng.uniform(size=8), strict=True))
             done.append(train.Cell(hyper, seed, values, {name: [0.0] for name in train.CURVES}))
-        return train.Sweep(done, 1.0, 0.1)
+        return train.Outcome(done, 1.0, 0.1)
 
     monkeypatch.setattr(runs, "sweep", sweep)
 

@@ -190,7 +190,7 @@ def label_of(method: str, settings: Mapping[str, Any]) -> str:
     """The name in tables and figures of a method with one of the updates, and with one follower or several."""
     if (followers := settings.get("followers", "one")) != "one":
         return f"{method}, {followers}"
-    return f"{method}, simultaneous" if settings["update"] == "simultaneous" else method
+    return f"{method}, simultaneous" if settings.get("update") == "simultaneous" else method
 
 
 ROWS = table(

@@ -27,7 +27,7 @@ class Variant(NamedTuple):
     @property
     def label(self) -> str:
         """The name in tables and figures."""
-        return label_of(self.method, {"update": "sequential"} | dict(self.setting))
+        return label_of(self.method, self.setting)
 
 
 class Protocol(NamedTuple):

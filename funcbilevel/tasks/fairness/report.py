@@ -37,7 +37,13 @@ def report(directory: Path) -> Report:
 def _content(record: Record) -> Any:
     """What records are sorted by: not their places in the file."""
     settings = record["settings"]
-    return record["method"], settings["update"], settings["eta"], store.settings_key(settings), record["seed"]
+    return (
+        record["method"],
+        settings.get("update", ""),
+        settings.get("eta", 0.0),
+        store.settings_key(settings),
+        record["seed"],
+    )
 
 
 def _loss(loss: Sequence[Any], attributes: Sequence[str]) -> str:
@@ -67,14 +73,14 @@ def setting_of(record: Record) -> Setting:
     return Setting(**of)
 
 
-METRICS = {
-    "accuracy": "accuracy",
-    "parity gap": "dp_gap",
-    "of mean probabilities": "dp_gap_soft",
-    "odds gap": "eo_gap",
-    "of mean probabilities ": "eo_gap_soft",
-    "accuracy of the worst group": "worst_group_accuracy",
-}
+METRICS = (
+    ("accuracy", "accuracy"),
+    ("parity gap", "dp_gap"),
+    ("of mean probabilities", "dp_gap_soft"),
+    ("odds gap", "eo_gap"),
+    ("of mean probabilities", "eo_gap_soft"),
+    ("accuracy of the worst group", "worst_group_accuracy"),
+)
 
 
 def _run_shown(record: Record, others: Sequence[Record]) -> "RenderableType":
@@ -103,7 +109,7 @@ def _run_shown(record: Record, others: Sequence[Record]) -> "RenderableType":
     columns = [values(one) for one in (record, *others)]
     names = ["test part", record["method"] if others or record["method"] != SINGLE else "accuracy alone"]
     names += ["accuracy alone"] * len(others)
-    rows = [(name.strip(), *(f"{of[metric]:.3f}" for of in columns)) for name, metric in METRICS.items()]
+    rows = [(name, *(f"{of[metric]:.3f}" for of in columns)) for name, metric in METRICS]
     return Group(grid, "", table.terminal(names, rows, left=("test part",)))
 
 
@@ -234,7 +240,7 @@ def _comparison_shown(rows: Sequence[Row], costs: Sequence[Record], several: boo
     if several:
         note += (
             "area, times 1000: the hypervolume of (accuracy, 1 - the larger of the gaps that the losses are about) of "
-            "the settings on the validation part's front, above the majority's label and accuracy only's gap; its "
+            "the settings on the validation part's front, above the majority's label and accuracy alone's gap; its "
             "difference to the Lagrangian's has a 95% bootstrap interval over seeds. The setting shown has the largest "
             "such area on the validation part. table.md has more."
         )

@@ -68,7 +68,7 @@ class Row(NamedTuple):
         largest_gap: the largest `dp_gap_soft` over the seeds, which the article reports.
         hypervolume: (accuracy, 1 - dp_gap) of the front that validation chose, seed -> value; empty without a front.
         difference: mean difference of the hypervolume to the Lagrangian's on the same seeds, and its 95% interval.
-        above: the same two above the reference point of `references`.
+        above: the same two above the point of `reference`.
     """
 
     label: str

@@ -197,7 +197,7 @@ class Cell(NamedTuple):
     curves: dict[str, list[float]]
 
 
-class Sweep(NamedTuple):
+class Outcome(NamedTuple):
     """Runs of one method.
 
     Attributes:
@@ -224,7 +224,7 @@ def sweep(
     *,
     chunk: int = 10,
     callback: Callback | None = None,
-) -> Sweep:
+) -> Outcome:
     """Trains every cell, hyper-parameters and a seed, at once, and evaluates after each chunk of epochs.
 
     A seed gives the same initial network and the same order of rows in every setting and for every method.
@@ -260,4 +260,4 @@ def sweep(
         for i, (of_cell, seed) in enumerate(cells)
     ]
     rest = seconds[1:]
-    return Sweep(done, time.perf_counter() - start, float(np.median(rest)) if rest else float("nan"))
+    return Outcome(done, time.perf_counter() - start, float(np.median(rest)) if rest else float("nan"))
