@@ -27,6 +27,8 @@ Followers = Literal["one", "together", "round-robin"]
 class _Shared(Options):
     task = "fairness"
     table = METHODS
+    seed: int = 0
+    """Seed of all random numbers but the division of adult and health, which has --division."""
     dataset: Data = "synthetic"
     """Data: drawn by scikit-learn, UCI Adult, Heritage Health, or the NBA graph."""
     data: Path | None = None
@@ -39,8 +41,7 @@ class _Shared(Options):
     num_classes: int = 2
     """Synthetic only: number of classes."""
     division: int = 0
-    """Adult and health only: seed of the division into training and validation part, which all seeds share. (The
-    division of nba and the synthetic data follow --seed.)"""
+    """Adult and health only: seed of the division into training and validation part, one for all seeds."""
     losses: tuple[str, ...] = ()
     """Several losses, whose sum is the unfairness: names as of --loss, each over all attributes or, as in
     demographic-parity@race, over one of them."""
