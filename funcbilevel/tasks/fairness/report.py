@@ -100,7 +100,7 @@ def _run_shown(record: Record, others: Sequence[Record]) -> "RenderableType":
         "method": record["method"] + followers,
         "unfairness": " + ".join(_loss(loss, settings["attributes"]) for loss in setting.terms),
         "majority's label": f"accuracy {metrics['majority']:.3f}",
-        "seconds per epoch": f"{metrics['sweep_epoch_seconds']:.2f}",
+        "seconds per epoch": f"{seconds:.2f}" if np.isfinite(seconds := metrics["sweep_epoch_seconds"]) else "",
     }
     grid = Table.grid(padding=(0, 2))
     for name, text in facts.items():
