@@ -104,12 +104,14 @@ def aid(linear_solver: LinearSolver | lineax.AbstractLinearSolver[Any], warm_sta
             return jax.tree.map(lambda x, s: next(rest) if s else jnp.zeros_like(x), theta, seen)
 
         initial = part(state) if warm_start else None
-        solution, metrics = solve_linear(solver, lambda t: part(hessian(whole(t))), part(d), initial)
+        solution, metrics, product = solve_linear(
+            solver, lambda t: part(hessian(whole(t))), part(d), initial, part(theta)
+        )
         u = tree_cast(whole(solution), working_dtype(theta))
         cross = rescaled(lambda u: inner_cross_derivative(problem, outer_params, theta, inner_batch, u), theta)(u)
         g_imp = tree_cast(jax.tree.map(jnp.negative, cross), outer_params)
 
-        metrics = metrics | stationarity(gradient, hessian(theta)) | aux
+        metrics = metrics | stationarity(part(gradient), product) | aux
         sound = all_finite(value, d)
         metrics |= {"adjoint_finite": all_finite(u, metrics) | ~sound, "outer_finite": sound}
         total = tree_add_scaled(g_exp, 1.0, g_imp)
