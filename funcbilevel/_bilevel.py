@@ -19,6 +19,7 @@ from funcbilevel._check import (
     check_setup,
     problem_inputs,
 )
+from funcbilevel._data import batch_form
 from funcbilevel._estimator import Estimator, Hypergradient, InnerSolution, InnerSolve
 from funcbilevel._fit import FitState, fit
 from funcbilevel._model import Model
@@ -113,6 +114,8 @@ class BilevelState(NamedTuple):
         estimator_state: the estimator's warm start.
         key: the random key of the next step.
         outer_model_state: the outer model's non-trainable state.
+        batch_form: what the inner batch that `init` saw looked like, by which `train` tells batches that are not the
+            solver's; static: the keys of a dict without leaves. Empty: not known.
     """
 
     step: jax.Array
@@ -124,6 +127,7 @@ class BilevelState(NamedTuple):
     estimator_state: PyTree
     key: Key
     outer_model_state: ModelState = ()
+    batch_form: dict[str, None] | tuple[()] = ()
 
 
 class _Init(Protocol):
@@ -272,6 +276,7 @@ def bilevel(
             estimator_state=estimator.init(estimator_key, problem, model, inner, inner_batch),
             key=key,
             outer_model_state=outer_model_state,
+            batch_form=batch_form(inner_batch),
         )
         return jax.tree.map(_without_weak_type, state)
 
@@ -326,6 +331,7 @@ def bilevel(
             estimator_state=estimator_state,
             key=key,
             outer_model_state=outer_model_state,
+            batch_form=state.batch_form,
         )
         return new_state, metrics
 
