@@ -19,7 +19,7 @@ from funcbilevel._check import (
     check_setup,
     problem_inputs,
 )
-from funcbilevel._data import batch_form
+from funcbilevel._data import Form, batch_form
 from funcbilevel._estimator import Estimator, Hypergradient, InnerSolution, InnerSolve
 from funcbilevel._fit import FitState, fit
 from funcbilevel._model import Model
@@ -127,7 +127,7 @@ class BilevelState(NamedTuple):
     estimator_state: PyTree
     key: Key
     outer_model_state: ModelState = ()
-    batch_form: dict[str, None] | tuple[()] = ()
+    batch_form: Form = ()
 
 
 class _Init(Protocol):

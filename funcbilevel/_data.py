@@ -18,6 +18,7 @@ from funcbilevel._typing import Batch, Key, PyTree
 
 Sampler: TypeAlias = Callable[[Key, jax.Array], tuple[Batch, Batch]]
 Pair: TypeAlias = tuple[Batch, Batch]
+Form: TypeAlias = dict[str, None] | tuple[()]  # of a batch; empty: not known
 Signature: TypeAlias = tuple[Any, tuple[tuple[tuple[int, ...], Any], ...]]  # tree structure; shape and dtype by leaf
 
 _REPEAT = "for one pair at every step pass itertools.repeat((inner_batch, outer_batch))"
@@ -94,7 +95,7 @@ def _dtype(leaf: Any) -> Any:
         ) from error
 
 
-def check_form(started_with: Mapping[str, None], pair: Pair, seeds: tuple[int, ...], data: Any) -> None:
+def check_form(started_with: Form, pair: Pair, seeds: tuple[int, ...], data: Any) -> None:
     """That inner batches look like the one that `init` saw, for a solver over seeds with their axes in front."""
     if not started_with or _fits(started_with, pair[0], seeds):
         return
@@ -108,7 +109,7 @@ def check_form(started_with: Mapping[str, None], pair: Pair, seeds: tuple[int, .
     )
 
 
-def _fits(started_with: Mapping[str, None], batch: Batch, seeds: tuple[int, ...]) -> bool:
+def _fits(started_with: Form, batch: Batch, seeds: tuple[int, ...]) -> bool:
     return any(set(_entries(batch, axes)) == set(started_with) for axes in {seeds, ()})
 
 
@@ -165,8 +166,9 @@ def faulty_leaf(name: str, batch: Batch) -> str | None:
         at = f"{name}{jax.tree_util.keystr(path)}"
         if 0 in np.shape(leaf):
             return f"{at} is empty"
-        is_known = not isinstance(leaf, jax.ShapeDtypeStruct) and jnp.issubdtype(_dtype(leaf), jnp.inexact)
-        if is_known and not jnp.all(jnp.isfinite(leaf)):
+        if isinstance(leaf, jax.ShapeDtypeStruct) or not jnp.issubdtype(_dtype(leaf), jnp.inexact):
+            continue
+        if not jnp.all(jnp.isfinite(leaf)):
             return f"{at} holds NaN or inf"
     return None
 
@@ -261,11 +263,11 @@ def warn_of_frozen_draws(sampler: jax.tree_util.Partial, key: Key, step: jax.Arr
 def _without_jit(sampler: jax.tree_util.Partial) -> Callable[..., Any]:
     """What JAX would not take from its cache."""
 
-    def unwrapped(function: Callable[..., Any]) -> Callable[..., Any]:
-        return function.__wrapped__ if isinstance(function, jax.stages.Wrapped) else function
+    def unwrapped(function: Any) -> Any:
+        return getattr(function, "__wrapped__", function) if isinstance(function, jax.stages.Wrapped) else function
 
-    function = sampler.func
-    if getattr(function, "__func__", None) is _call:
+    function: Any = sampler.func
+    if isinstance(function, MethodType) and function.__func__ is _call:
         return unwrapped(function.__self__)
     return jax.tree_util.Partial(unwrapped(function), *sampler.args, **sampler.keywords)
 

@@ -102,11 +102,13 @@ def _restored(name: str, array: np.ndarray[Any, Any], leaf: Any) -> Any:
             "run with another precision."
         )
     array = array.view(dtype)
-    if isinstance(leaf, (np.ndarray, np.generic)) or np.isscalar(leaf):
-        return array.copy() if isinstance(leaf, np.ndarray) else type(leaf)(array[()])
+    if isinstance(leaf, np.ndarray):
+        return array.copy()
+    if not hasattr(leaf, "dtype"):  # a number of Python's
+        return array.item()
     value = jnp.asarray(array)
     if _is_key(leaf):
-        value = jax.random.wrap_key_data(value, impl=str(_implementation(leaf)))
+        value = jax.random.wrap_key_data(value, impl=_implementation(leaf))
     sharding = getattr(leaf, "sharding", None)
     return value if sharding is None or len(sharding.device_set) == 1 else jax.device_put(value, sharding)
 
@@ -123,7 +125,9 @@ def _is_key(leaf: Any) -> bool:
 
 def _implementation(leaf: Any) -> Any:
     """The kind of a key, or of the shape of one."""
-    return jax.eval_shape(lambda key: key, leaf).dtype.name.removeprefix("key<").removesuffix(">")
+    found: list[Any] = []
+    jax.eval_shape(lambda key: found.append(jax.random.key_impl(key)), leaf)
+    return found[0]
 
 
 def _stored_dtype(dtype: Any) -> np.dtype[Any]:

@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager, nullcontext, suppress
 from functools import lru_cache, partial
 from typing import Any, Literal, TypeAlias
@@ -113,7 +113,8 @@ def train(
 
     Example: full batches, until the outer objective is small.
         >>> import itertools, jax, optax, jax.numpy as jnp, funcbilevel as fb
-        >>> problem = fb.ParametricProblem(lambda w, u, y: jnp.mean((u - w) ** 2), lambda w, u, y: jnp.mean((u - y) ** 2))
+        >>> mse = lambda u, y: jnp.mean((u - y) ** 2)
+        >>> problem = fb.ParametricProblem(lambda w, u, y: mse(u, w), lambda w, u, y: mse(u, y))
         >>> adam = optax.inject_hyperparams(optax.adam)(optax.cosine_decay_schedule(0.1, 1000))
         >>> solver = fb.bilevel(
         ...     problem, None, fb.aid(fb.cg(1)), inner_optimizer=optax.sgd(0.5), outer_optimizer=adam
@@ -222,7 +223,7 @@ def _stops(callback: Callback, state: BilevelState, metrics: HostMetrics) -> boo
 
 
 @contextmanager
-def _interrupts_wait() -> Iterator[None]:
+def _interrupts_wait() -> Generator[None]:
     """Lets Ctrl-C wait to the end of a chunk, whose program has taken the state's buffers; a second one does not wait.
 
     Python reports it no sooner in any case, unless it falls between the instructions that bring the results home.
