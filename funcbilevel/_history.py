@@ -1,5 +1,6 @@
 """The metrics of a run on the host, and which level broke first in it."""
 
+import math
 from typing import Any, TypeAlias
 
 import jax
@@ -155,6 +156,6 @@ def _went_on(inner: np.ndarray[Any, Any], metrics: HostMetrics, fault: tuple[int
     still = min(int(np.argmax(healthy)) if healthy.any() else len(healthy), len(healthy) - 1)  # steps with equal omega
     before = inner[: step + 1]
     least = int(np.nanargmin(before))
-    pace = (np.log(before[-1]) - np.log(max(1.0, before[least]))) / max(1, step - least)
-    after = inner[step + still]
-    return still == 0 or not np.isfinite(after) or np.log(after) - np.log(before[-1]) > 0.5 * still * pace
+    pace = math.log(before[-1] / max(1.0, before[least])) / max(1, step - least)
+    after = inner[step + still] / before[-1]
+    return still == 0 or not after < math.inf or math.log(max(after, 1e-300)) > 0.5 * still * pace

@@ -213,7 +213,7 @@ def _stops(callback: Callback, state: BilevelState, metrics: HostMetrics) -> boo
         answer = callback(state, metrics)
     except StopTraining:
         return True
-    is_bool = isinstance(answer, (bool, np.bool_, np.ndarray, jax.Array)) and np.result_type(answer) == np.bool_
+    is_bool = isinstance(answer, bool) or getattr(answer, "dtype", None) == np.bool_
     if is_bool and np.shape(answer) != ():
         raise ValueError(
             f"train: callback must return True to end the run, or None or False, got bools of shape "
@@ -268,12 +268,14 @@ def _hand_over(error: BaseException, state: BilevelState, history: History) -> N
 
 def _fault_message(history: History, fault: tuple[int, ...], state: BilevelState, source: Any, start: int) -> str:
     """Says where a run broke; `source` is its sampler or the chunk's stacked batches."""
-    names = ("inner_batch", "outer_batch")
-    if isinstance(source, jax.tree_util.Partial):
-        pair = jax.eval_shape(_sampled, source, state)
-    else:
-        pair = jax.tree.map(lambda x: x[(fault[0] - start, *fault[1:])[: np.ndim(x)]], source)
-    faulty = {name.partition("_")[0]: faulty_leaf(name, batch) for name, batch in zip(names, pair)}
+    step, *seed = fault
+
+    def at_fault(x: Any) -> Any:
+        return x[(step - start, *(seed if x.shape[1 : 1 + len(seed)] == state.step.shape else ()))]
+
+    is_sampler = isinstance(source, jax.tree_util.Partial)
+    pair = jax.eval_shape(_sampled, source, state) if is_sampler else jax.tree.map(at_fault, source)
+    faulty = {level: faulty_leaf(f"{level}_batch", batch) for level, batch in zip(("inner", "outer"), pair)}
     first_step = int(np.max(state.step)) - history.length
     known = {level: leaf for level, leaf in faulty.items() if leaf is not None}
     return fault_message(history.view(), fault, first_step, state.outer_params, state.inner_params, known)
