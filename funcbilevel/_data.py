@@ -87,12 +87,11 @@ def _kind(dtype: Any) -> str:
 def _dtype(leaf: Any) -> Any:
     """As JAX will see it: float32 for NumPy's float64 unless `jax_enable_x64` is on."""
     dtype = leaf.dtype if isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)) else np.asarray(leaf).dtype
-    try:
-        return jax.dtypes.canonicalize_dtype(dtype, allow_extended_dtype=True)
-    except TypeError as error:
+    if not any(jnp.issubdtype(dtype, kind) for kind in (np.number, np.bool_, jax.dtypes.extended)):
         raise TypeError(
             f"train: batches must hold arrays and numbers, got {type(leaf).__name__}; close over what is neither."
-        ) from error
+        )
+    return jax.dtypes.canonicalize_dtype(dtype, allow_extended_dtype=True)
 
 
 def check_form(started_with: Form, pair: Pair, seeds: tuple[int, ...], data: Any) -> None:
@@ -123,7 +122,7 @@ def check_not_itself_a_pair(step: Callable[..., Any], state: PyTree, data: Any) 
         return
     if not _traces(step, state, *data):
         return
-    if _traces(step, state, *data[0]):
+    if all(_traces(step, state, *pair) for pair in data):
         raise ValueError(
             "train: data must tell one pair from two steps, got a tuple or list of two whose items have two parts "
             f"each: both readings suit the objectives; {_REPEAT}, and for two steps iter(data)."

@@ -116,10 +116,14 @@ def _blame(
     # At its last inner step, before the update, the inner objective is one step behind.
     if outer_at < step and outer_at + 1 < inner_at:
         return "outer", broken, f"the outer objective grew first, {_growth(outer, step)}; {_HINTS['outer']}"
-    if inner_at <= step and np.isfinite(inner[step]) and (fallen == "inner" or _went_on(inner, metrics, fault)):
-        return "inner", "divergence", f"the inner objective had grown {_growth(inner, step)}; {_HINTS['inner']}"
-    if fallen == "adjoint" and not np.isfinite(outer[step]):
-        return "outer", broken, f"the outer objective itself overflows or is undefined there; {_HINTS['outer']}"
+    grown = inner_at <= step and np.isfinite(inner[inner_at])
+    if grown and (fallen == "inner" or _went_on(inner, metrics, fault)):
+        mend = f"the inner objective had grown {_growth(inner, step)}; {_HINTS['inner']}"
+        beside = "; if that does not help, outer_params grew first: lower the outer learning rate"
+        return "inner", "divergence", mend + (beside if outer_at <= step else "")
+    if fallen != "inner" and not np.isfinite(outer[step]):
+        mend = "look for overflow, log or division of 0 in the outer objective and batch, where it is NaN or inf, or "
+        return "outer", broken, mend + _HINTS["outer"]
     return fallen, "NaN, inf or divergence" if fallen == "inner" else broken, _HINTS[fallen]
 
 
@@ -152,6 +156,8 @@ def _went_on(inner: np.ndarray[Any, Any], metrics: HostMetrics, fault: tuple[int
     If so, it was not outer_params that drove it. True if there is no later step to tell.
     """
     step, *seed = fault
+    if not np.isfinite(inner[step]):
+        return True
     healthy = np.all([metrics[f"{level}_finite"][(slice(step, None), *seed)] for level in _LEVELS], axis=0)
     still = min(int(np.argmax(healthy)) if healthy.any() else len(healthy), len(healthy) - 1)  # steps with equal omega
     before = inner[: step + 1]

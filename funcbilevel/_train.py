@@ -130,12 +130,11 @@ def train(
         Learning rates under `optax.inject_hyperparams` are in the optimizers' states, and a callback finds them there,
         those of a schedule included, once per chunk; what is wanted of every step becomes a metric of the step.
 
-        >>> float(optax.tree_utils.tree_get(state.outer_opt_state, "learning_rate")) < 0.1
+        >>> float(state.outer_opt_state.hyperparams["learning_rate"]) < 0.1
         True
         >>> def step(state, inner_batch, outer_batch):
         ...     state, metrics = solver.step(state, inner_batch, outer_batch)
-        ...     rate = optax.tree_utils.tree_get(state.outer_opt_state, "learning_rate")
-        ...     return state, metrics | {"learning_rate": rate}
+        ...     return state, metrics | {"learning_rate": state.outer_opt_state.hyperparams["learning_rate"]}
         >>> _, metrics = fb.train(solver._replace(step=step), start, lambda key, step: (y, y), 20)
         >>> metrics["learning_rate"].shape
         (20,)
@@ -333,7 +332,7 @@ def _steps(
         return jax.tree.map(lambda s: jnp.zeros((*shape, *s.shape), s.dtype), shapes)
 
     def put(trace: Metrics, i: jax.Array, metrics: Metrics) -> Metrics:
-        return jax.tree.map(lambda xs, x: jax.lax.dynamic_update_index_in_dim(xs, x, i, 0), trace, metrics)
+        return jax.tree.map(lambda xs, x: xs.at[i].set(x), trace, metrics)
 
     def take_row(j: jax.Array, carry: tuple[BilevelState, Metrics]) -> tuple[BilevelState, Metrics]:
         def take_step(i: jax.Array, carry: tuple[BilevelState, Metrics]) -> tuple[BilevelState, Metrics]:

@@ -90,7 +90,7 @@ def test_learning_rates_can_be_logged() -> None:
 
     def log(state: fb.BilevelState, metrics: Any) -> None:
         states = (state.inner_opt_state, state.outer_opt_state)
-        rates.append(tuple(float(optax.tree_utils.tree_get(s, "learning_rate")) for s in states))
+        rates.append(tuple(float(s.hyperparams["learning_rate"]) for s in states))
 
     train(callback=log)
     np.testing.assert_allclose(rates, [(0.1, RATE(i)) for i in (2, 5, 8)], rtol=1e-6)
