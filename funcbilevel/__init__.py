@@ -9,6 +9,8 @@ from funcbilevel._cost import CostTable as CostTable
 from funcbilevel._cost import compare_costs as compare_costs
 from funcbilevel._cost import cost as cost
 from funcbilevel._cost import measure_costs as measure_costs
+from funcbilevel._draws import Minibatches as Minibatches
+from funcbilevel._draws import Sampler as Sampler
 from funcbilevel._estimator import Adjoint as Adjoint
 from funcbilevel._estimator import AdjointSystem as AdjointSystem
 from funcbilevel._estimator import Estimator as Estimator
@@ -32,6 +34,7 @@ from funcbilevel._linear_solvers import gradient_descent as gradient_descent
 from funcbilevel._linear_solvers import identity as identity
 from funcbilevel._linear_solvers import neumann as neumann
 from funcbilevel._linear_solvers import normal_cg as normal_cg
+from funcbilevel._model import FrozenState as FrozenState
 from funcbilevel._model import LinearHead as LinearHead
 from funcbilevel._model import Model as Model
 from funcbilevel._model import from_function as from_function
@@ -51,5 +54,57 @@ from funcbilevel._train import NonFiniteError as NonFiniteError
 from funcbilevel._train import StopTraining as StopTraining
 from funcbilevel._train import train as train
 from funcbilevel._variable_projection import variable_projection as variable_projection
+
+__all__ = [
+    "Adjoint",
+    "AdjointSystem",
+    "BilevelSolver",
+    "BilevelState",
+    "Cost",
+    "CostTable",
+    "Estimator",
+    "FitState",
+    "FrozenState",
+    "FunctionalProblem",
+    "Hypergradient",
+    "InnerSolution",
+    "LinearHead",
+    "LinearSolver",
+    "Model",
+    "NonFiniteError",
+    "ParametricProblem",
+    "Partition",
+    "Predictor",
+    "aid",
+    "alternating",
+    "bilevel",
+    "cg",
+    "compare_costs",
+    "cost",
+    "from_function",
+    "from_lineax",
+    "from_linen",
+    "from_nnx",
+    "funcid",
+    "gmres",
+    "gradient_descent",
+    "gradient_penalty",
+    "hypergradient",
+    "identity",
+    "itd",
+    "learned_adjoint",
+    "linear_adjoint",
+    "measure_costs",
+    "mixed_precision",
+    "neumann",
+    "normal_cg",
+    "parametrize",
+    "partition",
+    "pointwise_adjoint",
+    "predictor",
+    "train",
+    "value_penalty",
+    "variable_projection",
+]
 
 __version__ = "0.1.0"

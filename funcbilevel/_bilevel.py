@@ -8,23 +8,35 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from funcbilevel._check import (
+from funcbilevel._arguments import (
     as_float_tree,
-    check_inner,
+    check_callable,
+    check_key,
     check_leading_axis,
     check_number,
     check_optimizer,
-    check_outer,
+)
+from funcbilevel._check import (
+    check_estimator_state,
+    check_inner,
+    check_objectives,
+    check_outer_inputs,
     check_outer_model,
+    check_parameters,
     check_setup,
+    check_uses_parameters,
+    initial,
     problem_inputs,
+    warn_of_assumptions,
 )
 from funcbilevel._data import Form, batch_form
+from funcbilevel._described import describe, described, fields_that_differ
+from funcbilevel._draws import Minibatches, Sampler, check_draws, draw
 from funcbilevel._estimator import Estimator, Hypergradient, InnerSolution, InnerSolve
 from funcbilevel._fit import FitState, fit
 from funcbilevel._model import Model
 from funcbilevel._problem import FunctionalProblem, Problem, mean_over_devices, training_value_and_grad
-from funcbilevel._tree import all_finite, stays_finite, tree_norm, tree_where
+from funcbilevel._tree import all_finite, stays_finite, tree_add_scaled, tree_norm, tree_where
 from funcbilevel._typing import Batch, InnerParams, Key, Metrics, ModelState, OuterParams, PyTree
 
 
@@ -50,7 +62,8 @@ def hypergradient(
         estimator: `funcid(...)`, `aid(...)`, `itd(...)` or `alternating()`.
         outer_params: omega, any pytree of floats.
         inner_params: theta, the inner solution; with `itd` the point from which its T steps start.
-        inner_batch, outer_batch: samples of the two distributions.
+        inner_batch, outer_batch: samples of the two distributions. The inner ones may be `Minibatches` or a `Sampler`:
+            see `bilevel`, with T for M and none for the other estimators.
         inner_optimizer: the optax optimizer that `itd` differentiates through; the others do not use it.
         model_state: the model's non-trainable state, for models that have one.
         state: `Hypergradient.state` of an earlier call, for a warm start; None: a fresh start.
@@ -61,6 +74,11 @@ def hypergradient(
 
     Raises:
         ValueError, TypeError: at trace time, naming the argument, what was got and what was expected.
+
+    Warns:
+        UserWarning: outside of jit, where the metrics show that an assumption of the estimator fails: the inner
+            solution is not stationary (`inner_gradient_relative` > 0.001), or the batches of `pointwise_adjoint`
+            differ. At trace time, where the inner objective does not see some leaf of inner_params.
 
     Example: the derivative of a ridge regression's validation loss by its log-penalty.
         >>> import jax, jax.numpy as jnp, funcbilevel as fb
@@ -86,20 +104,33 @@ def hypergradient(
     outer_params = as_float_tree(name, "outer_params", outer_params)
     inner_params = as_float_tree(name, "inner_params", inner_params)
     model_state = () if model_state is None else model_state
-    check_inner(name, problem, model, outer_params, inner_params, model_state, inner_batch)
-    check_outer(name, problem, model, outer_params, inner_params, model_state, outer_batch)
-
+    if key is not None:
+        check_key(name, key)
     inner_key, init_key, estimator_key = (None, None, None) if key is None else jax.random.split(key, 3)
+    if estimator.unroll:
+        check_draws(name, inner_batch, estimator.unroll)
+    batch = draw(name, inner_batch, _draw_key(inner_key), estimator.unroll)
+    lower = (inner_params, model_state)
+    check_parameters(name, problem, model, *lower, batch)
+    check_objectives(name, problem, model, estimator, outer_params, *lower, batch, outer_batch, set())
+    check_uses_parameters(name, problem, model, *lower, batch)
+
     opt_state = () if inner_optimizer is None else inner_optimizer.init(inner_params)
     start = FitState(inner_params, opt_state, model_state)
     if state is None:
-        state = estimator.init(init_key, problem, model, start, inner_batch)
-    solve = _inner_solve(problem, model, inner_optimizer, estimator.unroll, start, inner_batch, inner_key)
-    _, result = estimator.estimate(problem, model, solve, outer_params, inner_batch, outer_batch, state, estimator_key)
-    chex.assert_trees_all_equal_shapes_and_dtypes(result.gradient, outer_params)  # the estimator's side of the protocol
-    return result._replace(
-        outer_value=mean_over_devices(problem, result.outer_value), metrics=_reduce(problem, result.metrics)
-    )
+        state = estimator.init(init_key, problem, model, start, batch)
+    else:
+        check_estimator_state(name, "state", estimator, problem, model, start, batch, state)
+    solve = _inner_solve(problem, model, inner_optimizer, estimator.unroll, lambda _: start, inner_batch, inner_key)
+    inner, result = estimator.estimate(problem, model, solve, outer_params, batch, outer_batch, state, estimator_key)
+    result = _averaged(problem, outer_params, result)
+    metrics = result.metrics | {
+        "inner_finite": all_finite(inner.fit.params, inner.fit.model_state) & ~inner.diverged,
+        "outer_finite": _outer_finite(result, outer_params, result.gradient),
+    }
+    metrics = _reduce(problem, metrics)
+    warn_of_assumptions(name, metrics)
+    return result._replace(metrics=metrics)
 
 
 class BilevelState(NamedTuple):
@@ -129,11 +160,20 @@ class BilevelState(NamedTuple):
     outer_model_state: ModelState = ()
     batch_form: Form = ()
 
+    def __repr__(self) -> str:
+        return fields_that_differ(self)
+
 
 class _Init(Protocol):
     def __call__(
         self, key: Key, outer_params: OuterParams, inner_batch: Batch, inner_params: InnerParams | None = None
     ) -> BilevelState: ...
+
+
+class InnerInit(Protocol):
+    """Where the inner level starts: a pure function."""
+
+    def __call__(self, outer_params: OuterParams, key: Key, inner_batch: Batch, /) -> InnerParams: ...
 
 
 class BilevelSolver(NamedTuple):
@@ -145,7 +185,7 @@ class BilevelSolver(NamedTuple):
             be None with an `outer_model`: its initial ones.
         step: `(state, inner_batch, outer_batch) -> (state, metrics)`, one outer step. Jit it.
         run: `(state, inner_batches, outer_batches) -> (state, metrics)`, one scan over the leading axis of the
-            batches; metrics have that leading axis too.
+            batches; metrics have that leading axis too. (A `Sampler` is one for all steps.)
 
     Metrics are a flat dict of scalars: `outer_objective`; `inner_objective` (at the last inner step, before its
     update, in train mode); `hypergradient_norm`, `explicit_norm`, `implicit_norm`; `inner_finite`,
@@ -153,14 +193,19 @@ class BilevelSolver(NamedTuple):
 
     Where NaN or inf appears in a level, outer_params, their optimizer state and the estimator's state keep their
     last finite values, and the flag of the level that broke is false (levels above it may be false in
-    consequence); inner_params are kept back as well if it was the inner level.
+    consequence); inner_params are kept back as well if it was the inner level. An inner fit whose objective grows by a
+    factor of a million and its parameters by a thousand within one outer step has broken, finite as it may be.
     """
 
     init: _Init
     step: Callable[[BilevelState, Batch, Batch], tuple[BilevelState, Metrics]]
     run: Callable[[BilevelState, Batch, Batch], tuple[BilevelState, Metrics]]
 
+    def __repr__(self) -> str:
+        return describe(self)
 
+
+@described
 def bilevel(
     problem: Problem,
     model: Model | None,
@@ -169,8 +214,9 @@ def bilevel(
     inner_optimizer: optax.GradientTransformation,
     outer_optimizer: optax.GradientTransformation,
     inner_steps: int = 1,
+    inner_init: InnerInit | None = None,
     outer_model: Model | None = None,
-    outer_inputs: Callable[[Batch], Any] = lambda batch: batch,
+    outer_inputs: Callable[[Batch], Any] | None = None,
 ) -> BilevelSolver:
     """A solver that alternates `inner_steps` inner steps, one hypergradient and one outer step.
 
@@ -181,16 +227,23 @@ def bilevel(
         problem: `FunctionalProblem` or `ParametricProblem`.
         model: the prediction model; None with a `ParametricProblem`.
         estimator: `funcid(...)`, `aid(...)`, `itd(...)` or `alternating()`: swapping it changes nothing else.
-        inner_optimizer, outer_optimizer: any optax optimizers (schedules, clipping, weight decay, `MultiSteps`).
-            The outer one is given `value` and `grad` too, for those that use them.
-        inner_steps: M >= 1.
+        inner_optimizer, outer_optimizer: any optax optimizers (schedules, clipping, weight decay, `MultiSteps`, line
+            searches such as `optax.lbfgs()`). The outer one is given `value`, `grad` and `value_fn` too, for those that
+            use them: `value_fn` is omega -> L_out after M inner steps at that omega, from this outer step's start, and
+            its derivative the estimator's hypergradient. Each evaluation costs a whole outer step.
+        inner_steps: M >= 1. All M see `inner_batch`, and so does the hypergradient, unless `inner_batch` is
+            `Minibatches` (a batch for each) or a `Sampler` (a fresh draw for each); ITD differentiates through each
+            step at its own batch.
+        inner_init: `(outer_params, key, inner_batch) -> inner_params`: where the inner level starts at every outer
+            step, with a fresh optimizer state, instead of where the step before ended. For meta-learning, where every
+            outer step brings new tasks. ITD with T = M differentiates through it, too (MAML: the start is omega).
         outer_model: for problems that see omega only through f_omega on the inner batch (the treatment features of
             an instrumental regression): the model f, of which outer_params are the parameters. It is evaluated once
             per outer step, in train mode, and differentiated once; the objectives, and so the estimator, get its
             output on the inner batch where they would get outer_params. Its batch statistics, spectral norms and the
             like are carried in the state. `explicit_norm` and `implicit_norm` are then those of the derivatives by
             that output.
-        outer_inputs: `inner_batch -> what outer_model is called on`.
+        outer_inputs: `inner_batch -> what outer_model is called on`; None: the whole inner batch.
 
     Returns:
         A `BilevelSolver`: `init`, `step`, `run`.
@@ -225,9 +278,13 @@ def bilevel(
             f"{name}: fb.itd's num_steps={estimator.unroll} exceeds inner_steps={inner_steps}; it can only go back "
             "through steps that are made. Raise inner_steps or lower num_steps."
         )
+    if inner_init is not None:
+        check_callable(name, "inner_init", inner_init)
     outer_update = optax.with_extra_args_support(outer_optimizer).update
     if outer_model is not None:
         check_outer_model(name, outer_model, problem)
+    called_on = check_outer_inputs(name, outer_inputs)
+    told: set[str] = set()
 
     def seen(
         outer_params: OuterParams, outer_model_state: ModelState, inner_batch: Batch, key: Key
@@ -235,36 +292,52 @@ def bilevel(
         """What the objectives get for omega, and the map from derivatives by it to derivatives by omega."""
         if outer_model is None:
             return outer_params, outer_model_state, lambda gradient: gradient
-        inputs, apply = outer_inputs(inner_batch), outer_model.apply
+        inputs, apply = called_on(inner_batch), outer_model.apply
         features, pull, outer_model_state = jax.vjp(
             lambda omega: apply(omega, outer_model_state, inputs, train=True, key=key), outer_params, has_aux=True
         )
         return features, outer_model_state, lambda gradient: pull(gradient)[0]
 
+    def start_at(f: OuterParams, key: Key, inner_batch: Batch) -> FitState:
+        """A fresh start of the inner level, without model state, where the objectives get f for omega."""
+        assert inner_init is not None
+        first = draw(name, inner_batch, _draw_key(key), 0)
+        theta = as_float_tree("inner_init", "inner_params", inner_init(f, jax.random.fold_in(key, _INIT_STREAM), first))
+        return FitState(theta, inner_optimizer.init(theta), ())
+
     def init(
         key: Key, outer_params: OuterParams, inner_batch: Batch, inner_params: InnerParams | None = None
     ) -> BilevelState:
+        check_key("init", key, outer_params)
         key, model_key, estimator_key = jax.random.split(key, 3)
+        check_draws("init", inner_batch, inner_steps)
+        batch = draw("init", inner_batch, key, 0)
         outer_model_state: ModelState = ()
         if outer_model is not None:
-            initial, outer_model_state = outer_model.init(jax.random.fold_in(key, 1), outer_inputs(inner_batch))
-            outer_params = initial if outer_params is None else outer_params
+            outer_key = jax.random.fold_in(key, 1)
+            drawn, outer_model_state = initial("init", outer_model, outer_key, called_on(batch))
+            outer_params = drawn if outer_params is None else outer_params
         outer_params = as_float_tree("init", "outer_params", outer_params)
-        objectives_get = jax.eval_shape(lambda: seen(outer_params, outer_model_state, inner_batch, key)[0])
+        objectives_get = jax.eval_shape(lambda: seen(outer_params, outer_model_state, batch, key)[0])
         model_state: ModelState = ()
         if isinstance(problem, FunctionalProblem):
             assert model is not None
-            inputs = problem_inputs("init", problem, inner_batch, "inner_batch")
-            initial_params, model_state = model.init(model_key, inputs)
-            inner_params = initial_params if inner_params is None else inner_params
-        elif inner_params is None:
+            inputs = problem_inputs("init", problem, batch, "inner_batch")
+            drawn, model_state = initial("init", model, model_key, inputs)
+            inner_params = drawn if inner_params is None else inner_params
+        if inner_params is None and inner_init is not None:
+            f, _, _ = seen(outer_params, outer_model_state, batch, key)
+            inner_params = start_at(f, model_key, inner_batch).params
+        if inner_params is None:
             raise ValueError(
                 "init: inner_params is None, but a ParametricProblem has no model to draw them from; pass "
                 "inner_params=<the starting point of the inner level>."
             )
         theta: InnerParams = as_float_tree("init", "inner_params", inner_params)
+        check_parameters("init", problem, model, theta, model_state, batch)
         if isinstance(problem, FunctionalProblem) or inner_batch is not None:
-            check_inner("init", problem, model, objectives_get, theta, model_state, inner_batch)
+            check_inner("init", problem, model, objectives_get, theta, model_state, batch, told)
+        check_uses_parameters("init", problem, model, theta, model_state, batch)
         inner = FitState(theta, inner_optimizer.init(theta), model_state)
         state = BilevelState(
             step=jnp.zeros((), jnp.int32),
@@ -273,47 +346,76 @@ def bilevel(
             model_state=model_state,
             inner_opt_state=inner.opt_state,
             outer_opt_state=outer_optimizer.init(outer_params),
-            estimator_state=estimator.init(estimator_key, problem, model, inner, inner_batch),
+            estimator_state=estimator.init(estimator_key, problem, model, inner, batch),
             key=key,
             outer_model_state=outer_model_state,
-            batch_form=batch_form(inner_batch),
+            batch_form=batch_form(batch),
         )
-        return jax.tree.map(_without_weak_type, state)
+        return jax.tree.map(_own, state)
 
     def step(state: BilevelState, inner_batch: Batch, outer_batch: Batch) -> tuple[BilevelState, Metrics]:
         omega = state.outer_params
         key, inner_key, estimator_key, outer_key = jax.random.split(state.key, 4)
-        f, outer_model_state, pull_back = seen(omega, state.outer_model_state, inner_batch, outer_key)
-        lower = (state.inner_params, state.model_state)
-        check_inner("step", problem, model, f, *lower, inner_batch)
-        check_outer("step", problem, model, f, *lower, outer_batch)
-
+        check_draws("step", inner_batch, inner_steps)
+        batch = draw("step", inner_batch, _draw_key(inner_key), inner_steps)
+        if outer_model is not None and isinstance(inner_batch, (Minibatches, Sampler)):
+            raise ValueError(
+                f"step: inner_batch is fb.{type(inner_batch).__name__}, but outer_model is evaluated once per outer "
+                "step, on one batch; pass one batch, or call the outer network in the objectives."
+            )
         before = FitState(state.inner_params, state.inner_opt_state, state.model_state)
-        solve = _inner_solve(
-            problem, model, inner_optimizer, estimator.unroll, before, inner_batch, inner_key, inner_steps, f
-        )
-        inner, hyper = estimator.estimate(
-            problem, model, solve, f, inner_batch, outer_batch, state.estimator_state, estimator_key
-        )
-        chex.assert_trees_all_equal_shapes_and_dtypes(hyper.gradient, f)
-        gradient = pull_back(hyper.gradient)
+        warm_start = state.estimator_state
+        check_estimator_state("step", "estimator_state", estimator, problem, model, before, batch, warm_start)
+
+        def start(f: OuterParams) -> FitState:
+            if inner_init is None:
+                return before
+            return start_at(f, inner_key, inner_batch)._replace(model_state=before.model_state)
+
+        def evaluate(omega: OuterParams) -> tuple[InnerSolution, Hypergradient, OuterParams, ModelState]:
+            """The inner solution at omega, the hypergradient as the objectives see omega, and by omega itself."""
+            f, outer_model_state, pull_back = seen(omega, state.outer_model_state, batch, outer_key)
+            lower, reached = (before.params, before.model_state), inner_init is not None
+            check_objectives("step", problem, model, estimator, f, *lower, batch, outer_batch, told, reached=reached)
+            solve = _inner_solve(
+                problem, model, inner_optimizer, estimator.unroll, start, inner_batch, inner_key, inner_steps, f
+            )
+            inner, hyper = estimator.estimate(problem, model, solve, f, batch, outer_batch, warm_start, estimator_key)
+            hyper = _averaged(problem, f, hyper)
+            return inner, hyper, pull_back(hyper.gradient), outer_model_state
+
+        def F(omega: OuterParams) -> jax.Array:
+            return evaluate(omega)[1].outer_value
+
+        def F_and_gradient(omega: OuterParams) -> tuple[jax.Array, OuterParams]:
+            _, hyper, gradient, _ = evaluate(omega)
+            return hyper.outer_value, gradient
+
+        value_fn = jax.custom_vjp(F)
+        value_fn.defvjp(F_and_gradient, lambda gradient, t: (jax.tree.map(lambda g: t * g, gradient),))
+
+        inner, hyper, gradient, outer_model_state = evaluate(omega)
         updates, outer_opt_state = outer_update(
-            gradient, state.outer_opt_state, omega, value=hyper.outer_value, grad=gradient
+            gradient, state.outer_opt_state, omega, value=hyper.outer_value, grad=gradient, value_fn=value_fn
         )
         new_omega = optax.apply_updates(omega, updates)
 
-        metrics = {
+        inner_finite = (
+            all_finite(inner.fit.params, inner.fit.model_state, inner.metrics["inner_objective"])
+            & stays_finite(before.opt_state, inner.fit.opt_state)
+            & ~inner.diverged
+        )
+        metrics = inner.metrics | hyper.metrics
+        metrics |= {
             "outer_objective": hyper.outer_value,
             "hypergradient_norm": tree_norm(gradient),
             "explicit_norm": tree_norm(hyper.explicit),
             "implicit_norm": tree_norm(hyper.implicit),
-            "inner_finite": all_finite(inner.fit.params, inner.fit.model_state, inner.metrics["inner_objective"])
-            & stays_finite(before.opt_state, inner.fit.opt_state),
-            "outer_finite": all_finite(hyper.outer_value, gradient, new_omega, outer_model_state)
+            "inner_finite": inner_finite | ~all_finite(omega),  # NaN that came from above is not the inner level's
+            "outer_finite": _outer_finite(hyper, omega, gradient, new_omega, outer_model_state)
             & stays_finite(state.outer_opt_state, outer_opt_state),
         }
-        metrics = _reduce(problem, metrics | inner.metrics | hyper.metrics)
-        inner_finite = metrics["inner_finite"]
+        inner_finite, metrics = _reduce(problem, {"": inner_finite})[""], _reduce(problem, metrics)
         all_levels = inner_finite & metrics["adjoint_finite"] & metrics["outer_finite"]
         after = tree_where(inner_finite, inner.fit, before)
         new_omega, outer_opt_state, outer_model_state, estimator_state = tree_where(
@@ -336,10 +438,21 @@ def bilevel(
         return new_state, metrics
 
     def run(state: BilevelState, inner_batches: Batch, outer_batches: Batch) -> tuple[BilevelState, Metrics]:
-        check_leading_axis("run", inner_batches=inner_batches, outer_batches=outer_batches)
+        if isinstance(inner_batches, Sampler):
+            check_leading_axis("run", "outer steps", outer_batches=outer_batches)
+            return jax.lax.scan(lambda s, outer_batch: step(s, inner_batches, outer_batch), state, outer_batches)
+        check_leading_axis("run", "outer steps", inner_batches=inner_batches, outer_batches=outer_batches)
         return jax.lax.scan(lambda s, batches: step(s, *batches), state, (inner_batches, outer_batches))
 
     return BilevelSolver(init, step, run)
+
+
+_DRAW_STREAM, _INIT_STREAM = 0xD7A, 0x1217  # keep these keys apart from those of the inner steps
+
+
+def _draw_key(inner_key: Key | None) -> Key | None:
+    """The key of a `Sampler`'s draws in one outer step."""
+    return None if inner_key is None else jax.random.fold_in(inner_key, _DRAW_STREAM)
 
 
 def _inner_solve(
@@ -347,33 +460,63 @@ def _inner_solve(
     model: Model | None,
     optimizer: optax.GradientTransformation | None,
     unroll: int,
-    start: FitState,
+    start: Callable[[OuterParams], FitState],
     inner_batch: Batch,
     key: Key | None,
     inner_steps: int | None = None,
     outer_params: OuterParams = None,
 ) -> InnerSolve:
-    """The inner solution as a function of omega through its last `unroll` steps.
+    """The inner solution as a function of omega through its last `unroll` steps; and its start, if those are all.
 
     The `inner_steps - unroll` steps before those are taken here and now, at `outer_params`.
     """
+    draw_key = _draw_key(key)
 
     def advance(
-        outer_params: OuterParams, state: FitState, first_step: int, num_steps: int, remat: bool
+        outer_params: OuterParams, reached: InnerSolution, first_step: int, num_steps: int, remat: bool
     ) -> InnerSolution:
         if optimizer is None or num_steps == 0:
-            return InnerSolution(state, {})
-        value_and_grad = training_value_and_grad(problem, model, outer_params, inner_batch)
-        state, value, aux = fit(value_and_grad, optimizer, num_steps, state, key, first_step=first_step, remat=remat)
-        return InnerSolution(state, {"inner_objective": value} | aux)
+            return reached
+
+        def value_and_grad(theta: InnerParams, model_state: ModelState, key: Key | None, i: jax.Array) -> Any:
+            batch = draw("step", inner_batch, draw_key, i)
+            return training_value_and_grad(problem, model, outer_params, batch)(theta, model_state, key)
+
+        before = reached.fit
+        result = fit(value_and_grad, optimizer, num_steps, before, key, first_step=first_step, remat=remat)
+        size_before, size = (tree_norm(jax.lax.stop_gradient(x.params)) for x in (before, result.state))
+        diverged = (jnp.abs(result.value) > 1e6 * jnp.abs(result.first)) & (size > 1e3 * (1.0 + size_before))
+        return InnerSolution(
+            result.state, {"inner_objective": result.value} | result.metrics, reached.diverged | diverged
+        )
 
     head = 0 if inner_steps is None else inner_steps - unroll
-    reached = advance(outer_params, start, 0, head, remat=False)
+    not_moved = InnerSolution(start(outer_params), {}, jnp.array(False))
+    reached = advance(outer_params, not_moved, 0, head, remat=False)
 
     def solve(outer_params: OuterParams, *, remat: bool = False) -> InnerSolution:
-        return advance(outer_params, reached.fit, head, unroll, remat) if unroll else reached
+        if not unroll:
+            return reached
+        before = reached if head else InnerSolution(start(outer_params), {}, jnp.array(False))
+        return advance(outer_params, before, head, unroll, remat)
 
     return solve
+
+
+def _averaged(problem: Problem, outer_params: OuterParams, hyper: Hypergradient) -> Hypergradient:
+    """`hyper` of all devices of the problem's mapped axis, checked to be like `outer_params`."""
+    chex.assert_trees_all_equal_shapes_and_dtypes(hyper.gradient, outer_params)  # the estimator's side of the protocol
+    if problem.axis_name is None:
+        return hyper
+    explicit, implicit, value = mean_over_devices(problem, (hyper.explicit, hyper.implicit, hyper.outer_value))
+    return hyper._replace(
+        gradient=tree_add_scaled(explicit, 1.0, implicit), explicit=explicit, implicit=implicit, outer_value=value
+    )
+
+
+def _outer_finite(hyper: Hypergradient, *others: PyTree) -> jax.Array:
+    """That the outer level's numbers are finite: what the estimator says of d, the value, and `others`."""
+    return all_finite(hyper.outer_value, *others) & hyper.metrics.get("outer_finite", True)
 
 
 def _reduce(problem: Problem, metrics: Metrics) -> Metrics:
@@ -387,6 +530,6 @@ def _reduce(problem: Problem, metrics: Metrics) -> Metrics:
     return metrics if problem.axis_name is None else jax.tree.map(reduce, metrics)
 
 
-def _without_weak_type(x: Any) -> Any:
-    """Otherwise the second step would meet other types than the first, and compile again."""
-    return jax.lax.convert_element_type(x, x.dtype) if getattr(x, "weak_type", False) else x
+def _own(x: Any) -> Any:
+    """x in a buffer of its own, lest a donating step meets it twice; without weak type, lest it compiles twice."""
+    return jnp.copy(jax.lax.convert_element_type(x, x.dtype) if getattr(x, "weak_type", False) else x)

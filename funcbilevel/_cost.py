@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import optax
 
+from funcbilevel._arguments import check_number
 from funcbilevel._bilevel import BilevelSolver, bilevel
-from funcbilevel._check import check_number
 from funcbilevel._estimator import Estimator
 from funcbilevel._model import Model
 from funcbilevel._problem import Problem

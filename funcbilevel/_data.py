@@ -13,10 +13,11 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from funcbilevel._check import check_like
+from funcbilevel._arguments import check_like
+from funcbilevel._draws import Minibatches, Sampler
 from funcbilevel._typing import Batch, Key, PyTree
 
-Sampler: TypeAlias = Callable[[Key, jax.Array], tuple[Batch, Batch]]
+DataFunction: TypeAlias = Callable[[Key, jax.Array], tuple[Batch, Batch]]
 Pair: TypeAlias = tuple[Batch, Batch]
 Form: TypeAlias = dict[str, None] | tuple[()]  # of a batch; empty: not known
 Signature: TypeAlias = tuple[Any, tuple[tuple[tuple[int, ...], Any], ...]]  # tree structure; shape and dtype by leaf
@@ -41,7 +42,7 @@ def read_data(data: Any) -> tuple[jax.tree_util.Partial | None, Iterator[Any] | 
     )
 
 
-def _call(sampler: Sampler, key: Key, step: jax.Array) -> Pair:
+def _call(sampler: DataFunction, key: Key, step: jax.Array) -> Pair:
     return sampler(key, step)
 
 
@@ -71,12 +72,21 @@ def batch_form(batch: Batch) -> dict[str, None]:
     return dict.fromkeys(_entries(batch, ()))
 
 
-def _entries(batch: Batch, seeds: tuple[int, ...]) -> Iterator[str]:
+def _entries(batch: Batch, in_front: tuple[int, ...]) -> Iterator[str]:
+    """The entries of a batch whose leaves, all or some, have axes `in_front`: those of the seeds, or of the draws."""
     for path, leaf in jax.tree_util.tree_flatten_with_path(batch)[0]:
         shape = np.shape(leaf)
-        shape = shape[len(seeds) :] if shape[: len(seeds)] == seeds else shape
+        shape = shape[len(in_front) :] if shape[: len(in_front)] == in_front else shape
         axes = ", ".join(("n", *map(str, shape[1:])) if shape else ())
         yield f"{jax.tree_util.keystr(path)} {_kind(_dtype(leaf))}[{axes}]".lstrip()
+
+
+def _one_draw(source: Batch, seeds: tuple[int, ...]) -> tuple[Batch, tuple[int, ...]]:
+    """An inner batch and the axes in front of it: `Minibatches` have one more."""
+    if not isinstance(source, Minibatches):
+        return source, seeds
+    size = next((np.shape(leaf)[: len(seeds) + 1] for leaf in jax.tree.leaves(source.batches)), seeds)
+    return source.batches, size
 
 
 def _kind(dtype: Any) -> str:
@@ -96,20 +106,22 @@ def _dtype(leaf: Any) -> Any:
 
 def check_form(started_with: Form, pair: Pair, seeds: tuple[int, ...], data: Any) -> None:
     """That inner batches look like the one that `init` saw, for a solver over seeds with their axes in front."""
-    if not started_with or _fits(started_with, pair[0], seeds):
+    if not started_with or isinstance(pair[0], Sampler) or _fits(started_with, pair[0], seeds):
         return
     mistaken = is_itself_a_pair(data) and _fits(started_with, data[0], seeds)
     reason = f"data is itself one pair, and was read as two steps; {_REPEAT}" if mistaken else _REPEAT
     raise ValueError(
         f"train: data must be an iterable of pairs (inner_batch, outer_batch), or a function that gives them, with "
         f"inner batches like the one that init was given: expected {_shown(started_with)}, got "
-        f"{_shown(_entries(pair[0], seeds))}. If inner batches are to look like that, start the solver with one; "
-        f"{reason}."
+        f"{_shown(_entries(*_one_draw(pair[0], seeds)))}. If inner batches are to look like that, start the solver "
+        f"with one; {reason}."
     )
 
 
 def _fits(started_with: Form, batch: Batch, seeds: tuple[int, ...]) -> bool:
-    return any(set(_entries(batch, axes)) == set(started_with) for axes in {seeds, ()})
+    """With the axes of the seeds, or without them, where the seeds share a batch."""
+    draws = (_one_draw(batch, axes) for axes in {seeds, ()})
+    return any(set(_entries(*draw)) == set(started_with) for draw in draws)
 
 
 def _shown(entries: Iterable[str]) -> str:

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 
+from funcbilevel._described import describe, fields_that_differ
 from funcbilevel._fit import FitState
 from funcbilevel._model import Model
 from funcbilevel._problem import FunctionalProblem
@@ -29,9 +30,11 @@ class Hypergradient(NamedTuple):
         outer_value: L_out, a scalar.
         state: the estimator's state for the next call (the warm start).
         metrics: flat dict of scalars. Always there: `adjoint_finite` (bool: the estimator's own adjoint or
-            linear solution is finite); linear solves add `linear_residual`, `linear_converged` and
-            `linear_curvature`, the learned adjoint `adjoint_objective`; aux of the outer objective is under
-            `outer/<path>`.
+            linear solution is finite, or it is not the adjoint's fault) and, of `hypergradient`, `inner_finite` and
+            `outer_finite`, the same of the inner solution and of the outer level. Estimators that assume a stationary
+            inner point add `inner_gradient_norm` and `inner_gradient_relative`; linear solves `linear_residual`,
+            `linear_converged` and `linear_curvature`, the learned adjoint `adjoint_objective`; aux of the outer
+            objective is under `outer/<path>`.
     """
 
     gradient: OuterParams
@@ -41,6 +44,9 @@ class Hypergradient(NamedTuple):
     state: PyTree
     metrics: Metrics
 
+    def __repr__(self) -> str:
+        return fields_that_differ(self)
+
 
 class InnerSolution(NamedTuple):
     """The inner level after its steps.
@@ -48,10 +54,15 @@ class InnerSolution(NamedTuple):
     Attributes:
         fit: inner_params, optimizer state and model state.
         metrics: `inner_objective` and the inner aux at the last step; empty if no step was taken.
+        diverged: whether the objective and the parameters grew without limit in these steps, finite as they may be.
     """
 
     fit: FitState
     metrics: Metrics
+    diverged: jax.Array
+
+    def __repr__(self) -> str:
+        return fields_that_differ(self)
 
 
 class InnerSolve(Protocol):
@@ -91,12 +102,19 @@ class Estimator(NamedTuple):
         unroll: how many of the last inner steps `solve` makes anew from `outer_params`, to be differentiated
             through. With 0 the inner fit is over before `estimate` is called, and `solve` only returns it.
         functional: whether it needs a `FunctionalProblem`.
+        implicit: whether it estimates the implicit part, so that inner_objective has to depend on outer_params.
+        description: the call that made it, for `repr`.
     """
 
     init: EstimatorInit
     estimate: Estimate
     unroll: int = 0
     functional: bool = False
+    implicit: bool = True
+    description: str = ""
+
+    def __repr__(self) -> str:
+        return describe(self)
 
 
 class AdjointSystem(NamedTuple):
@@ -118,6 +136,9 @@ class AdjointSystem(NamedTuple):
     x_Q: Inputs
     mean: LinearMap
 
+    def __repr__(self) -> str:
+        return fields_that_differ(self)
+
 
 class AdjointInit(Protocol):
     def __call__(
@@ -137,10 +158,15 @@ class Adjoint(NamedTuple):
     Attributes:
         init: `(key, problem, model, inner, inner_batch) -> state`.
         fit: `(system, model, inner, state, key) -> (a(x_P), state, metrics)`.
+        description: the call that made it, for `repr`.
     """
 
     init: AdjointInit
     fit: AdjointFit
+    description: str = ""
+
+    def __repr__(self) -> str:
+        return describe(self)
 
 
 def no_state(*_: Any) -> PyTree:

@@ -5,7 +5,8 @@ from typing import TypeAlias
 
 import jax
 
-from funcbilevel._check import check_callable, check_features
+from funcbilevel._arguments import check_callable
+from funcbilevel._check import check_features
 from funcbilevel._fit import FitState
 from funcbilevel._model import Model
 from funcbilevel._typing import InnerParams, Inputs
@@ -17,7 +18,7 @@ Features: TypeAlias = Callable[[InnerParams, Inputs], jax.Array] | Model
 def check_is_features(function: str, features: object) -> None:
     """That `features` is of the right kind."""
     if not isinstance(features, Model):
-        check_callable(function, "features", features)
+        check_callable(function, "features", features, "inner_params, inputs")
 
 
 def evaluate_features(function: str, features: Features, inner: FitState, inputs: Inputs) -> jax.Array:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from funcbilevel._described import fields_that_differ
 from funcbilevel._typing import Key, Metrics, ModelState, PyTree
 
 
@@ -23,11 +24,29 @@ class FitState(NamedTuple):
     opt_state: optax.OptState
     model_state: ModelState
 
+    def __repr__(self) -> str:
+        return fields_that_differ(self)
 
-# (params, model_state, key) -> ((value, (metrics, model_state)), gradient)
+
+# (params, model_state, key, step) -> ((value, (metrics, model_state)), gradient)
 ValueAndGrad: TypeAlias = Callable[
-    [PyTree, ModelState, Key | None], tuple[tuple[jax.Array, tuple[Metrics, ModelState]], PyTree]
+    [PyTree, ModelState, Key | None, jax.Array], tuple[tuple[jax.Array, tuple[Metrics, ModelState]], PyTree]
 ]
+
+
+class Fit(NamedTuple):
+    """The result of a fit.
+
+    Attributes:
+        state: after the last step.
+        first, value: the objective at the first and at the last step, before that step's update.
+        metrics: those of the objective at the last step.
+    """
+
+    state: FitState
+    first: jax.Array
+    value: jax.Array
+    metrics: Metrics
 
 
 def fit(
@@ -39,24 +58,21 @@ def fit(
     *,
     first_step: int = 0,
     remat: bool = False,
-) -> tuple[FitState, jax.Array, Metrics]:
-    """Runs `num_steps` optimizer steps; step i uses the key folded with `first_step + i`.
+) -> Fit:
+    """Runs `num_steps` optimizer steps; step i gets its number `first_step + i`, and the key folded with it.
 
     Optimizers that take extra arguments (line searches, `reduce_on_plateau`, ...) get `value`, `grad` and
     `value_fn` as `optax` names them.
-
-    Returns:
-        The new state, and the objective and its metrics at the last step, before that step's update.
     """
     update = optax.with_extra_args_support(optimizer).update
 
     def step(state: FitState, i: jax.Array) -> tuple[FitState, tuple[jax.Array, Metrics]]:
         params, opt_state, model_state = state
         step_key = None if key is None else jax.random.fold_in(key, i)
-        (value, (metrics, new_model_state)), grad = value_and_grad(params, model_state, step_key)
+        (value, (metrics, new_model_state)), grad = value_and_grad(params, model_state, step_key, i)
 
         def value_fn(params: PyTree, **_: Any) -> jax.Array:
-            return value_and_grad(params, model_state, step_key)[0][0]
+            return value_and_grad(params, model_state, step_key, i)[0][0]
 
         updates, opt_state = update(grad, opt_state, params, value=value, grad=grad, value_fn=value_fn)
         params = optax.apply_updates(params, updates)
@@ -64,5 +80,5 @@ def fit(
 
     steps = first_step + jnp.arange(num_steps)
     state, trace = jax.lax.scan(jax.checkpoint(step) if remat else step, state, steps)
-    value, metrics = jax.tree.map(lambda x: x[-1], trace)
-    return state, value, metrics
+    values, metrics = trace
+    return Fit(state, values[0], values[-1], jax.tree.map(lambda x: x[-1], metrics))

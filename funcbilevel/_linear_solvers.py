@@ -9,8 +9,19 @@ import jax
 import jax.numpy as jnp
 import jax.scipy.sparse.linalg as sparse
 
-from funcbilevel._check import check_at_least, check_number, check_positive
-from funcbilevel._tree import tree_add_scaled, tree_norm, tree_vdot
+from funcbilevel._arguments import check_at_least, check_number, check_positive
+from funcbilevel._described import describe, described
+from funcbilevel._tree import (
+    all_finite,
+    tree_add_scaled,
+    tree_cast,
+    tree_exponent,
+    tree_ldexp,
+    tree_norm,
+    tree_vdot,
+    tree_where,
+    working_dtype,
+)
 from funcbilevel._typing import LinearMap, Metrics, PyTree
 
 if TYPE_CHECKING:
@@ -21,17 +32,28 @@ class LinearSolver(NamedTuple):
     """An approximate solver of A u = b for a symmetric A.
 
     Attributes:
-        solve: `(matvec, rhs, initial) -> solution`; all but `matvec` (A as a function) are pytrees like inner_params,
-            or `initial` is None: a start at zero, where A need not be applied.
+        solve: `(matvec, rhs, initial) -> solution`; all but `matvec` (A as a function) are pytrees of the structure of
+            inner_params, or `initial` is None: a start at zero, where A need not be applied. Their leaves have one
+            dtype, the widest of those of inner_params and float32 at least, and `rhs` is scaled to a size near one, so
+            that no inner product under- or overflows.
         damping: delta >= 0, added to the diagonal before `solve` sees the matrix.
+        description: the call that made it, for `repr`.
     """
 
     solve: Callable[[LinearMap, PyTree, PyTree | None], PyTree]
     damping: float = 0.0
+    description: str = ""
+
+    def __repr__(self) -> str:
+        return describe(self)
 
 
+@described
 def cg(num_steps: int, damping: float = 0.0, rtol: float = 0.0) -> LinearSolver:
     """Conjugate gradients: one Hessian product per step; for a positive definite Hessian.
+
+    Where the curvature along a step's direction is negative, or zero to rounding, there is nothing to minimise: the
+    solver stops with its best iterate, and `linear_converged` in the metrics is false.
 
     Arguments:
         num_steps: largest number of steps K >= 1.
@@ -56,6 +78,7 @@ def cg(num_steps: int, damping: float = 0.0, rtol: float = 0.0) -> LinearSolver:
     return LinearSolver(solve, damping)
 
 
+@described
 def normal_cg(num_steps: int, damping: float = 0.0, rtol: float = 0.0) -> LinearSolver:
     """Conjugate gradients on the normal equations A A u = A b: two Hessian products per step.
 
@@ -75,11 +98,12 @@ def normal_cg(num_steps: int, damping: float = 0.0, rtol: float = 0.0) -> Linear
     _check("normal_cg", num_steps, damping, rtol)
 
     def solve(matvec: LinearMap, rhs: PyTree, initial: PyTree | None) -> PyTree:
-        return conjugate_gradients(lambda u: matvec(matvec(u)), matvec(rhs), initial, num_steps, rtol)
+        return conjugate_gradients(lambda u: matvec(matvec(u)), matvec(rhs), initial, num_steps, rtol, power=2)
 
     return LinearSolver(solve, damping)
 
 
+@described
 def gmres(num_steps: int, damping: float = 0.0, rtol: float = 0.0) -> LinearSolver:
     """GMRES without restart: one Hessian product per step, and a Krylov basis of `num_steps` vectors in memory.
 
@@ -109,6 +133,7 @@ def gmres(num_steps: int, damping: float = 0.0, rtol: float = 0.0) -> LinearSolv
     return LinearSolver(solve, damping)
 
 
+@described
 def neumann(num_steps: int, step_size: float, damping: float = 0.0) -> LinearSolver:
     """The truncated Neumann series u = step_size * sum_{k<=K} (I - step_size A)^k b, from zero every time.
 
@@ -139,6 +164,7 @@ def neumann(num_steps: int, step_size: float, damping: float = 0.0) -> LinearSol
     return LinearSolver(solve, damping)
 
 
+@described
 def gradient_descent(num_steps: int, step_size: float, damping: float = 0.0) -> LinearSolver:
     """Gradient descent on 1/2 <u, A u> - <b, u>, from the previous outer step's solution when warm-started.
 
@@ -168,6 +194,7 @@ def gradient_descent(num_steps: int, step_size: float, damping: float = 0.0) -> 
     return LinearSolver(solve, damping)
 
 
+@described
 def identity() -> LinearSolver:
     """u = b: the inverse Hessian replaced by the identity (T1-T2 of Luketina et al. 2016; often cheap and often wrong).
 
@@ -180,6 +207,7 @@ def identity() -> LinearSolver:
     return LinearSolver(lambda matvec, rhs, initial: rhs)
 
 
+@described
 def from_lineax(solver: lineax.AbstractLinearSolver[Any], damping: float = 0.0) -> LinearSolver:
     """Any lineax solver, for example `lineax.GMRES(rtol, atol)`; the operator is tagged positive semidefinite.
 
@@ -199,7 +227,7 @@ def from_lineax(solver: lineax.AbstractLinearSolver[Any], damping: float = 0.0) 
 
     check_at_least("from_lineax", "damping", damping, 0.0)
     if not isinstance(solver, lineax.AbstractLinearSolver):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"from_lineax: solver must be a lineax solver object, got {solver!r}.")
+        raise TypeError(f"from_lineax: solver must be a lineax solver object, got {type(solver).__name__} {solver!r}.")
 
     def solve(matvec: LinearMap, rhs: PyTree, initial: PyTree | None) -> PyTree:
         operator = lineax.FunctionLinearOperator(
@@ -224,66 +252,159 @@ def as_linear_solver(solver: Any) -> LinearSolver:
     )
 
 
-def linear_metrics(matvec: LinearMap, rhs: PyTree, solution: PyTree) -> Metrics:
+def solve_linear(
+    solver: LinearSolver, matvec: LinearMap, rhs: PyTree, initial: PyTree | None
+) -> tuple[PyTree, Metrics]:
+    """The solution of (A + damping) u = b in `working_dtype`, NaN where A or b holds NaN, and its `linear_metrics`.
+
+    The solver gets b scaled to a size near one, by a power of two, which changes no digit of the result.
+    """
+    dtype, exponent = working_dtype(rhs), tree_exponent(rhs)
+
+    def damped(product: LinearMap) -> LinearMap:
+        return lambda u: tree_add_scaled(product(u), solver.damping, u)
+
+    b = tree_ldexp(tree_cast(rhs, dtype), -exponent)
+    if initial is not None:
+        start = tree_ldexp(tree_cast(initial, dtype), -exponent)
+        initial = tree_where(all_finite(start), start, jax.tree.map(jnp.zeros_like, start))
+    u = solver.solve(damped(in_working_dtype(matvec, rhs)), b, initial)
+    metrics = linear_metrics(damped(rescaled(matvec, rhs)), b, u, rhs)
+    u = nan_unless(~jnp.isnan(metrics["linear_residual"]), tree_ldexp(u, exponent))
+    return u, metrics
+
+
+def in_working_dtype(f: LinearMap, like: PyTree) -> LinearMap:
+    """f, which takes leaves of the dtypes of `like`, as a map on trees in `working_dtype`, with results that wide."""
+    dtype = working_dtype(like)
+    if not _is_narrow(like):
+        return f
+
+    def wide(t: PyTree) -> PyTree:
+        return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, dtype)), f(tree_cast(t, like)))
+
+    return wide
+
+
+def rescaled(f: LinearMap, like: PyTree) -> LinearMap:
+    """`in_working_dtype` with an argument brought near one before and the result back after.
+
+    Leaves of `like` in half precision neither under- nor overflow so. (JAX cannot transpose this map.)
+    """
+    wide = in_working_dtype(f, like)
+    if not _is_narrow(like):
+        return wide
+
+    def near_one(t: PyTree) -> PyTree:
+        exponent = tree_exponent(t)
+        return tree_ldexp(wide(tree_ldexp(t, -exponent)), exponent)
+
+    return near_one
+
+
+def _is_narrow(tree: PyTree) -> bool:
+    return any(x.dtype != working_dtype(tree) for x in jax.tree.leaves(tree))
+
+
+def nan_unless(condition: jax.Array, tree: PyTree) -> PyTree:
+    """`tree`, or NaN everywhere: a solver that met NaN must not answer with the number it started from."""
+    return jax.tree.map(lambda x: jnp.where(condition, x, jnp.nan), tree)
+
+
+def linear_metrics(matvec: LinearMap, rhs: PyTree, solution: PyTree, like: PyTree = None) -> Metrics:
     """How good a solution of A u = b is, from one product A u.
 
-    `linear_residual` is |b - A u| / |b|; `linear_converged` whether it is at most the square root of the dtype's
-    machine epsilon; `linear_curvature` is <u, A u> / <u, u>, negative only if A is not positive semidefinite.
+    `linear_residual` is |b - A u| / |b|; `linear_converged` whether it is at most the square root of the machine
+    epsilon of the narrowest dtype of `like` (or of b), in which A is computed; `linear_curvature` is <u, A u> / <u, u>,
+    negative only if A is not positive semidefinite.
     """
+    eps = max(float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(rhs if like is None else like))
     product = matvec(solution)
-    size, norm_squared = tree_norm(rhs), tree_vdot(solution, solution)
+    size, exponent = tree_norm(rhs), tree_exponent(solution)
     residual = tree_norm(tree_add_scaled(rhs, -1.0, product)) / jnp.where(size > 0, size, 1.0)
+    u, Au = tree_ldexp(solution, -exponent), tree_ldexp(product, -exponent)
+    norm_squared = tree_vdot(u, u)
     return {
         "linear_residual": residual,
-        "linear_converged": residual <= jnp.sqrt(jnp.finfo(residual.dtype).eps),
-        "linear_curvature": tree_vdot(solution, product) / jnp.where(norm_squared > 0, norm_squared, 1.0),
+        "linear_converged": residual <= eps**0.5,
+        "linear_curvature": tree_vdot(u, Au) / jnp.where(norm_squared > 0, norm_squared, 1.0),
     }
 
 
 class CGState(NamedTuple):
-    """Of conjugate gradients, after `steps` steps: solution u, residual r = b - A u, direction p, <r, r>."""
+    """Of conjugate gradients, after `steps` steps.
+
+    Attributes:
+        u: the solution so far.
+        r: its residual b - A u.
+        p: the next direction.
+        rr: <r, r>.
+        best, best_rr: the solution of the smallest residual so far, and that residual's <r, r>.
+        largest: the largest curvature <p, A p> / <p, p> along a direction so far.
+        positive: whether the last direction's was positive; if not, its step was not made.
+    """
 
     steps: jax.Array
     u: PyTree
     r: PyTree
     p: PyTree
     rr: jax.Array
+    best: PyTree
+    best_rr: jax.Array
+    largest: jax.Array
+    positive: jax.Array
 
 
 def conjugate_gradients(
-    matvec: LinearMap, rhs: PyTree, initial: PyTree | None, num_steps: int, rtol: float = 0.0
+    matvec: LinearMap, rhs: PyTree, initial: PyTree | None, num_steps: int, rtol: float = 0.0, power: int = 1
 ) -> PyTree:
     """At most `num_steps` steps; stops where the residual is rounding error, so that nothing divides by zero.
+
+    It also stops at a direction of negative curvature, or of one that is rounding error beside the largest so far (to
+    the power of `power`, for an A that is one of a matrix), with the iterate of the smallest residual: there A is not
+    positive definite, and what the last iterates minimise has no minimum.
 
     A product per step, and one more for the residual of a start that is not zero. (`jax.scipy.sparse.linalg.cg` makes
     that one always, which is a tenth of the time with ten steps.) The derivative is that of the exact solution.
     """
     tol = max(rtol, _rounding(rhs))
+    negligible = float(jnp.finfo(working_dtype(rhs)).eps) ** power
 
     def loop(matvec: LinearMap, b: PyTree) -> PyTree:
         least = tol**2 * tree_vdot(b, b)
-        u = jax.tree.map(jnp.zeros_like, b) if initial is None else initial
-        r = b if initial is None else tree_add_scaled(b, -1.0, matvec(initial))
+        zero = jax.tree.map(jnp.zeros_like, b)
+        u, r, rr = zero, b, tree_vdot(b, b)
+        if initial is not None:
+            residual = tree_add_scaled(b, -1.0, matvec(initial))
+            warm = tree_vdot(residual, residual)
+            u, r, rr = tree_where(jnp.isfinite(warm), (initial, residual, warm), (u, r, rr))
 
         def running(state: CGState) -> jax.Array:
-            return (state.steps < num_steps) & (state.rr > least)
+            return (state.steps < num_steps) & (state.rr > least) & state.positive
 
         def step(state: CGState) -> CGState:
-            steps, u, r, p, rr = state
+            steps, u, r, p, rr, best, best_rr, largest, _ = state
             Ap = matvec(p)
-            alpha = rr / tree_vdot(p, Ap)
+            pAp, pp = tree_vdot(p, Ap), tree_vdot(p, p)
+            largest = jnp.maximum(largest, pAp / pp)
+            positive = pAp > negligible * largest * pp
+            alpha = jnp.where(positive, rr / jnp.where(positive, pAp, 1.0), 0.0)
             r = tree_add_scaled(r, -alpha, Ap)
             after = tree_vdot(r, r)
-            return CGState(steps + 1, tree_add_scaled(u, alpha, p), r, tree_add_scaled(r, after / rr, p), after)
+            u, p = tree_add_scaled(u, alpha, p), tree_add_scaled(r, after / rr, p)
+            best, best_rr = tree_where(after < best_rr, (u, after), (best, best_rr))
+            return CGState(steps + 1, u, r, p, after, best, best_rr, largest, positive)
 
-        return jax.lax.while_loop(running, step, CGState(jnp.zeros((), jnp.int32), u, r, r, tree_vdot(r, r))).u
+        start = CGState(jnp.zeros((), jnp.int32), u, r, r, rr, u, rr, jnp.zeros_like(rr), jnp.array(True))
+        end = jax.lax.while_loop(running, step, start)
+        return tree_where(end.positive, end.u, end.best)
 
     return jax.lax.custom_linear_solve(matvec, rhs, loop, symmetric=True)
 
 
 def _rounding(tree: PyTree) -> float:
     """A relative residual that is attainable: asked for less, conjugate gradients go on and may blow up."""
-    return 8.0 * float(jnp.finfo(jnp.result_type(*jax.tree.leaves(tree))).eps)
+    return 8.0 * float(jnp.finfo(working_dtype(tree)).eps)
 
 
 def _scaled(tree: PyTree, scale: float) -> PyTree:

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from funcbilevel._arguments import check_callable
+from funcbilevel._described import fields_that_differ
 from funcbilevel._tree import path_name
 from funcbilevel._typing import InnerParams, OuterParams, PyTree
 
@@ -22,6 +24,9 @@ class Partition(NamedTuple):
     leader: OuterParams
     follower: InnerParams
     merge: Callable[[OuterParams, InnerParams], PyTree]
+
+    def __repr__(self) -> str:
+        return fields_that_differ(self)
 
 
 def partition(params: PyTree, labels: Callable[[str, Any], Any] | PyTree) -> Partition:
@@ -60,6 +65,7 @@ def partition(params: PyTree, labels: Callable[[str, Any], Any] | PyTree) -> Par
     leaves, structure = jax.tree_util.tree_flatten_with_path(params)
     names = [path_name(path) for path, _ in leaves]
     if callable(labels):
+        check_callable("partition", "labels", labels, "path, leaf")
         of_leaves = [labels(name, leaf) for name, (_, leaf) in zip(names, leaves, strict=True)]
     else:
         try:

@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 
 from funcbilevel._check import check_is_model
-from funcbilevel._model import Model
+from funcbilevel._described import described
+from funcbilevel._model import FrozenState, Model, with_frozen_of
 from funcbilevel._typing import Inputs, Key, ModelState, Prediction, PyTree
 
 
+@described
 def mixed_precision(model: Model, dtype: Any = jnp.bfloat16) -> Model:
     """The same model, computed in `dtype`: parameters are stored, updated and differentiated in their own dtype.
 
@@ -42,7 +44,11 @@ def mixed_precision(model: Model, dtype: Any = jnp.bfloat16) -> Model:
     def apply(
         params: PyTree, model_state: ModelState, inputs: Inputs, /, *, train: bool = False, key: Key | None = None
     ) -> tuple[Prediction, ModelState]:
-        prediction, after = model.apply(_cast(params, dtype), model_state, _cast(inputs, dtype), train=train, key=key)
+        state = model_state
+        if isinstance(model_state, FrozenState):  # parameters, too
+            state = model_state._replace(frozen=_cast(model_state.frozen, dtype))
+        prediction, after = model.apply(_cast(params, dtype), state, _cast(inputs, dtype), train=train, key=key)
+        after = with_frozen_of(after, model_state)
         kept = jnp.result_type(*(x for x in jax.tree.leaves(params) if _is_floating(x)), dtype)
         after = jax.tree.map(lambda new, old: jnp.asarray(new, jnp.result_type(old)), after, model_state)
         return _cast(prediction, kept), after

@@ -6,15 +6,18 @@ problem, inner_params theta in a parametric one. The same four functions serve b
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
+from funcbilevel._arguments import check_callable
+from funcbilevel._described import fields_that_differ
 from funcbilevel._model import Model
-from funcbilevel._tree import moments, scalar_metrics, tree_vdot
+from funcbilevel._tracing import reverse_only
+from funcbilevel._tree import moments, scalar_metrics, tree_add_scaled, tree_norm, tree_vdot
 from funcbilevel._typing import (
     Batch,
     InnerParams,
@@ -75,8 +78,13 @@ class FunctionalProblem:
     has_aux: bool = False
     axis_name: str | None = None
 
+    def __repr__(self) -> str:
+        return fields_that_differ(self)
+
     def __post_init__(self) -> None:
-        _check_callables(self, ("inner_objective", "outer_objective", "inputs"))
+        for name in ("inner_objective", "outer_objective"):
+            check_callable("FunctionalProblem", name, getattr(self, name), "outer_params, prediction, batch")
+        check_callable("FunctionalProblem", "inputs", self.inputs, "batch")
 
 
 @dataclass(frozen=True)
@@ -112,8 +120,12 @@ class ParametricProblem:
     has_aux: bool = False
     axis_name: str | None = None
 
+    def __repr__(self) -> str:
+        return fields_that_differ(self)
+
     def __post_init__(self) -> None:
-        _check_callables(self, ("inner_objective", "outer_objective"))
+        for name in ("inner_objective", "outer_objective"):
+            check_callable("ParametricProblem", name, getattr(self, name), "outer_params, inner_params, batch")
 
 
 Problem: TypeAlias = FunctionalProblem | ParametricProblem
@@ -188,8 +200,11 @@ class Predictor:
         head: V, [p, num_outputs], of a model from `variable_projection`; None for others.
     """
 
-    apply: Callable[[Inputs], Prediction]
+    apply: Callable[[Inputs], Prediction] = field(repr=False)
     head: jax.Array | None = None
+
+    def __repr__(self) -> str:
+        return fields_that_differ(self)
 
     def __call__(self, inputs: Inputs) -> Prediction:
         """The prediction on `inputs`, leaves [n, ...]."""
@@ -242,11 +257,10 @@ def solve_head(
     """V = argmin L_in(omega, phi V) + ridge/2 |V|^2, [p, k], for an L_in that is quadratic in the prediction."""
     assert model.head is not None
     zero = phi @ jnp.zeros((phi.shape[1], model.head.num_outputs), phi.dtype)  # sharded as the samples are
-    gradient = jax.grad(lambda v: inner_value(problem, outer_params, v, inner_batch)[0])
-    g, C = jax.linearize(gradient, zero)  # d_v L_in(omega, v) = g + C v
+    g, C = inner_derivatives(problem, outer_params, zero, inner_batch)  # d_v L_in(omega, v) = g + C v
     mean = partial(mean_over_devices, problem)
     # The outer mean is for the derivative: the solve's transpose takes cotangents that are alike on all devices.
-    return mean(model.head.fit(C, -mean(moments(phi, g)), phi, zero, mean))
+    return mean(model.head.fit(C, -mean(moments(phi, g)), phi, zero, mean)).astype(phi.dtype)
 
 
 def _at_optimal_head(problem: FunctionalProblem, ridge: float) -> Callable[..., jax.Array]:
@@ -298,30 +312,53 @@ def outer_derivatives(
     )(outer_params, u)
     # A prediction belongs to one device's samples, parameters to all devices.
     d = mean_over_devices(problem, d) if isinstance(problem, ParametricProblem) else d
-    return value, aux, mean_over_devices(problem, g_exp), d
+    return value, aux, g_exp, d
 
 
-def inner_curvature(problem: Problem, outer_params: OuterParams, u: PyTree, batch: Batch) -> LinearMap:
-    """C = d^2_u L_in(omega, u) as a linear map t -> C[t], linearised once.
+def inner_derivatives(problem: Problem, outer_params: OuterParams, u: PyTree, batch: Batch) -> tuple[PyTree, LinearMap]:
+    """d_u L_in(omega, u), and C = d^2_u L_in(omega, u) as a linear map t -> C[t], linearised once.
 
-    In a functional problem this acts on predictions: no product with a parameter-space Hessian is formed.
+    In a functional problem this acts on predictions: no product with a parameter-space Hessian is formed. The map is
+    the forward derivative of the gradient; or its reverse derivative (C is symmetric), at twice the time, where the
+    objective calls a `jax.custom_vjp` function, which has no forward derivative.
     """
-    gradient = jax.grad(lambda u: inner_value(problem, outer_params, u, batch)[0])
-    _, curvature = jax.linearize(gradient, u)
+
+    def value(u: PyTree) -> jax.Array:
+        return inner_value(problem, outer_params, u, batch)[0]
+
+    if reverse_only(value, u):
+        gradient, pull = jax.vjp(jax.grad(value), u)
+        curvature: LinearMap = lambda t: pull(t)[0]  # noqa: E731
+    else:
+        gradient, curvature = jax.linearize(jax.grad(value), u)
     if isinstance(problem, FunctionalProblem):
-        return curvature
-    return lambda t: mean_over_devices(problem, curvature(t))
+        return gradient, curvature
+    return mean_over_devices(problem, gradient), lambda t: mean_over_devices(problem, curvature(t))
 
 
 def inner_cross_derivative(
     problem: Problem, outer_params: OuterParams, u: PyTree, batch: Batch, direction: PyTree
 ) -> OuterParams:
-    """d_omega <d_u L_in(omega, u), direction>: one forward derivative in u, one reverse in omega."""
+    """d_omega <d_u L_in(omega, u), direction>: one forward derivative in u, one reverse in omega; or two reverse."""
 
-    def directional_derivative(omega: OuterParams) -> jax.Array:
-        return jax.jvp(lambda u: inner_value(problem, omega, u, batch)[0], (u,), (direction,))[1]
+    def value(omega: OuterParams, u: PyTree) -> jax.Array:
+        return inner_value(problem, omega, u, batch)[0]
 
-    return mean_over_devices(problem, jax.grad(directional_derivative)(outer_params))
+    if reverse_only(value, outer_params, u):
+        _, pull = jax.vjp(lambda omega: jax.grad(value, argnums=1)(omega, u), outer_params)
+        return pull(direction)[0]
+    return jax.grad(lambda omega: jax.jvp(lambda u: value(omega, u), (u,), (direction,))[1])(outer_params)
+
+
+def stationarity(gradient: PyTree, product: PyTree) -> Metrics:
+    """How far the inner point is from stationary: g = d_theta L_in, and H theta, its Hessian's product with theta.
+
+    `inner_gradient_norm` is |g|. `inner_gradient_relative` is |g| / (|H theta| + |g - H theta|): of a quadratic
+    objective g = H theta - b, the gradient over the sizes of its two terms.
+    """
+    norm = tree_norm(gradient)
+    terms = tree_norm(product) + tree_norm(tree_add_scaled(gradient, -1.0, product))
+    return {"inner_gradient_norm": norm, "inner_gradient_relative": norm / jnp.where(terms > 0, terms, 1.0)}
 
 
 def mean_over_devices(problem: Problem, tree: PyTree) -> PyTree:
@@ -376,12 +413,6 @@ def training_value_and_grad(
     return value_and_grad if model is None or model.head is None else projected_value_and_grad
 
 
-def _check_callables(problem: Problem, names: tuple[str, ...]) -> None:
-    for name in names:
-        if not callable(value := getattr(problem, name)):
-            raise TypeError(f"{type(problem).__name__}: {name} must be callable, got {type(value).__name__}.")
-
-
 def _evaluate(
     problem: Problem, level: str, outer_params: OuterParams, u: PyTree, batch: Batch
 ) -> tuple[jax.Array, Metrics]:
@@ -411,7 +442,8 @@ def _evaluate(
     if not jnp.issubdtype(value.dtype, jnp.floating):
         raise TypeError(
             f"{name} must return a floating-point scalar, got dtype {value.dtype}; it is differentiated, so compute it "
-            "from floating-point values without counting or comparing, and take the real part of complex ones."
+            "from floating-point values without counting or comparing; of complex ones take a real function, such as "
+            "jnp.abs(z) ** 2."
         )
     return value, scalar_metrics(level, aux)
 

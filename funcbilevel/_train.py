@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from funcbilevel._arguments import check_callable, check_number
 from funcbilevel._bilevel import BilevelSolver, BilevelState
-from funcbilevel._check import check_callable, check_number
 from funcbilevel._data import (
+    DataFunction,
     Pair,
-    Sampler,
     Signature,
     check_alike,
     check_form,
@@ -60,7 +60,7 @@ class NonFiniteError(FloatingPointError):
 def train(
     solver: BilevelSolver,
     state: BilevelState,
-    data: Sampler | Iterable[tuple[Batch, Batch]],
+    data: DataFunction | Iterable[tuple[Batch, Batch]],
     num_outer_steps: int,
     *,
     chunk: int = 100,

@@ -11,9 +11,14 @@ from funcbilevel._typing import Metrics, PyTree
 
 
 def tree_vdot(a: PyTree, b: PyTree) -> jax.Array:
-    """<a, b>, summed over all leaves."""
+    """<a, b>, summed over all leaves, in float32 at least: in half precision the squares of small numbers are zero."""
+
     # Not `vdot`, whose contraction JAX refuses over an axis that is sharded explicitly.
-    return jax.tree.reduce(operator.add, jax.tree.map(lambda x, y: jnp.sum(x * y), a, b))
+    def vdot(x: jax.Array, y: jax.Array) -> jax.Array:
+        dtype = jnp.promote_types(jnp.result_type(x, y), jnp.float32)
+        return jnp.sum(x.astype(dtype) * y.astype(dtype))
+
+    return jax.tree.reduce(operator.add, jax.tree.map(vdot, a, b))
 
 
 def moments(phi: jax.Array, t: jax.Array) -> jax.Array:
@@ -24,8 +29,43 @@ def moments(phi: jax.Array, t: jax.Array) -> jax.Array:
 
 
 def tree_norm(tree: PyTree) -> jax.Array:
-    """Euclidean norm of all leaves together."""
-    return jnp.sqrt(tree_vdot(tree, tree))
+    """Euclidean norm of all leaves together, wherever the norm itself is a number that the dtype holds."""
+    exponent = tree_exponent(tree)
+    unit = tree_ldexp(tree_cast(tree, working_dtype(tree)), -exponent)
+    return jnp.ldexp(jnp.sqrt(tree_vdot(unit, unit)), exponent)
+
+
+def working_dtype(tree: PyTree) -> Any:
+    """The dtype that holds all leaves, float32 at least: in which to compute with vectors like `tree`."""
+    return jnp.result_type(jnp.float32, *(jnp.result_type(x) for x in jax.tree.leaves(tree)))
+
+
+def tree_cast(tree: PyTree, dtypes: Any) -> PyTree:
+    """All leaves in one dtype; or each in that of the same leaf of a tree."""
+    if isinstance(dtypes, jnp.dtype):
+        return jax.tree.map(lambda x: x.astype(dtypes), tree)
+    return jax.tree.map(lambda x, y: x.astype(y.dtype), tree, dtypes)
+
+
+def tree_exponent(tree: PyTree) -> jax.Array:
+    """e with 2^e near the largest absolute value: tree / 2^e neither over- nor underflows when it is squared.
+
+    An int32 scalar; 0 if all is zero or not all finite. Held fixed by differentiation.
+    """
+    dtype = working_dtype(tree)
+    sizes = [jnp.max(jnp.abs(x)).astype(dtype) for x in jax.tree.leaves(tree) if x.size]
+    largest = jax.lax.stop_gradient(jnp.max(jnp.stack(sizes))) if sizes else jnp.zeros((), dtype)
+    usual = jnp.isfinite(largest) & (largest > 0)
+    exponent = jnp.frexp(jnp.where(usual, largest, 1.0))[1].astype(jnp.int32)
+    limit = int(jnp.finfo(dtype).maxexp) - 28  # 2^e and 2^-e are normal numbers
+    return jnp.where(usual, jnp.clip(exponent, -limit, limit), 0)
+
+
+def tree_ldexp(tree: PyTree, exponent: jax.Array) -> PyTree:
+    """tree * 2^exponent: exact, but for over- and underflow."""
+    scaled = jax.tree.map(lambda x: x * jnp.ldexp(jnp.ones((), x.dtype), exponent), tree)
+    # Of two such products XLA multiplies known factors with one another first, and those under- and overflow.
+    return jax.lax.optimization_barrier(scaled)
 
 
 def tree_add_scaled(a: PyTree, scale: Any, b: PyTree) -> PyTree:
@@ -65,6 +105,14 @@ def stays_finite(before: PyTree, after: PyTree) -> jax.Array:
     return all_finite([jnp.where(jnp.isfinite(x), y, 0) for x, y in pairs if jnp.issubdtype(x.dtype, jnp.inexact)])
 
 
+METRICS = (
+    *("inner_objective", "outer_objective", "hypergradient_norm", "explicit_norm", "implicit_norm"),
+    *("inner_finite", "adjoint_finite", "outer_finite", "inner_gradient_norm", "inner_gradient_relative"),
+    *("linear_residual", "linear_converged", "linear_curvature"),
+    *("adjoint_objective", "adjoint_inputs_match", "penalty_objective"),
+)
+
+
 def scalar_metrics(level: str, aux: PyTree) -> Metrics:
     """Flattens aux to `level/path` -> scalar; a leaf with several elements is reported by its mean."""
 
@@ -77,10 +125,26 @@ def scalar_metrics(level: str, aux: PyTree) -> Metrics:
             ) from error
         return x if x.ndim == 0 else jnp.mean(x)
 
-    leaves = {path_name(path) or "aux": x for path, x in jax.tree_util.tree_flatten_with_path(aux)[0]}
-    return {f"{level}/{name}": scalar(name, x) for name, x in leaves.items()}
+    leaves = [(path_name(path) or "aux", x) for path, x in jax.tree_util.tree_flatten_with_path(aux)[0]]
+    names = [name for name, _ in leaves]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(
+                f"{level}_objective: two entries of aux have the name {name!r} once their keys are joined by '/'; "
+                "rename one of them."
+            )
+        if name in METRICS:
+            raise ValueError(
+                f"{level}_objective: aux holds {name!r}, the name of one of the solver's own metrics; rename it."
+            )
+    return {f"{level}/{name}": scalar(name, x) for name, x in leaves}
 
 
 def path_name(path: tuple[Any, ...]) -> str:
     """'a/0/b' for the key path of a leaf; empty for a tree that is a single leaf."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def at_path(path: tuple[Any, ...]) -> str:
+    """`['a/0/b']`, to stand behind the name of the pytree in a message; empty for a tree that is a single leaf."""
+    return f"['{name}']" if (name := path_name(path)) else ""

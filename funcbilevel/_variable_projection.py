@@ -2,12 +2,15 @@
 
 import jax
 
-from funcbilevel._check import check_at_least, check_is_model, check_number
+from funcbilevel._arguments import check_at_least, check_number
+from funcbilevel._check import check_is_model
+from funcbilevel._described import described
 from funcbilevel._model import LinearHead, Model
 from funcbilevel._ridge import ridge_solution
 from funcbilevel._typing import LinearMap
 
 
+@described
 def variable_projection(features: Model, num_outputs: int, ridge: float = 0.0, num_steps: int = 20) -> Model:
     r"""A prediction model :math:`h_\theta(x) = \varphi_\theta(x) V` whose linear head V is always at its optimum,
 

@@ -100,7 +100,7 @@ def test_missing_extra(tmp_path, monkeypatch, missing):
 
 
 def test_other_missing_module_is_not_hidden(monkeypatch):
-    monkeypatch.setattr(cli, "_run", lambda options: __import__("no_such_module"))
+    monkeypatch.setattr(cli, "_run", lambda *args: __import__("no_such_module"))
     with pytest.raises(ModuleNotFoundError, match="no_such_module"):
         cli.main(["run", "schooling"])
 

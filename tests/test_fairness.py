@@ -16,7 +16,8 @@ import pytest
 
 import funcbilevel as fb
 from funcbilevel import cli
-from funcbilevel.tasks import _records, _statistics, fairness, fairness_commands, fairness_data
+from funcbilevel.tasks import _records, fairness, fairness_commands, fairness_data
+from funcbilevel.tasks._experiment import statistics
 from funcbilevel.tasks.fairness import Game, Hyper, Setting
 from funcbilevel.tasks.fairness_data import Batch, Graph
 
@@ -631,15 +632,15 @@ def test_bad_setting(method, setting, message):
 
 def test_front_and_hypervolume():
     points = np.array([[0.8, 0.5], [0.7, 0.9], [0.6, 0.9], [0.8, 0.4], [0.7, 0.9]])
-    assert _statistics.pareto_front(points).tolist() == [True, True, False, False, True]
-    assert _statistics.hypervolume(points) == pytest.approx(0.8 * 0.5 + 0.7 * 0.4)
-    assert _statistics.hypervolume(points, (0.5, 0.45)) == pytest.approx(0.3 * 0.05 + 0.2 * 0.4)
-    assert _statistics.hypervolume(points, (0.9, 0.0)) == 0.0
+    assert statistics.pareto_front(points).tolist() == [True, True, False, False, True]
+    assert statistics.hypervolume(points) == pytest.approx(0.8 * 0.5 + 0.7 * 0.4)
+    assert statistics.hypervolume(points, (0.5, 0.45)) == pytest.approx(0.3 * 0.05 + 0.2 * 0.4)
+    assert statistics.hypervolume(points, (0.9, 0.0)) == 0.0
     rng = np.random.default_rng(0)
     many, probes = rng.uniform(size=(20, 2)), rng.uniform(size=(200_000, 2))
     dominated = (probes[:, None] <= many).all(axis=2).any(axis=1)
-    assert _statistics.hypervolume(many) == pytest.approx(dominated.mean(), abs=5e-3)
-    assert _statistics.hypervolume(many[_statistics.pareto_front(many)]) == pytest.approx(_statistics.hypervolume(many))
+    assert statistics.hypervolume(many) == pytest.approx(dominated.mean(), abs=5e-3)
+    assert statistics.hypervolume(many[statistics.pareto_front(many)]) == pytest.approx(statistics.hypervolume(many))
 
 
 def test_the_front_is_selected_on_validation():
@@ -949,7 +950,7 @@ def test_compare_followers(tmp_path, capsys, monkeypatch):
         cells = of("lagrangian", seed)
         pairs = np.array([[m["validation_accuracy"], worst(m, "validation_")] for m in cells])
         test = np.array([[m["accuracy"], worst(m)] for m in cells])
-        volumes.append(_statistics.hypervolume(test[_statistics.pareto_front(pairs)]))
+        volumes.append(statistics.hypervolume(test[statistics.pareto_front(pairs)]))
     assert float(lines[0].split("|")[9]) == pytest.approx(np.mean(volumes), abs=6e-5)
     shown = capsys.readouterr().out.split("Means over")[0].splitlines()[1:]
     assert max(map(len, shown)) <= 80

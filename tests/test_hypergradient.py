@@ -626,7 +626,8 @@ def test_negative_curvature_shows_in_the_metrics(x64):
         lambda omega, theta, batch: 0.5 * (theta[0] ** 2 - 3.0 * theta[1] ** 2) + omega * theta[0],
         lambda omega, theta, batch: jnp.sum(theta),
     )
-    h = fb.hypergradient(problem, None, fb.aid(fb.identity()), 1.0, jnp.ones(2), None, None)
+    stationary = jnp.array([-1.0, 0.0])
+    h = fb.hypergradient(problem, None, fb.aid(fb.identity()), 1.0, stationary, None, None)
     np.testing.assert_allclose(h.metrics["linear_curvature"], (1.0 - 3.0) / 2.0)
     np.testing.assert_allclose(h.metrics["linear_residual"], np.sqrt(0.0 + 4.0**2) / np.sqrt(2.0))
 

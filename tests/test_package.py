@@ -29,8 +29,11 @@ SHORT = [name.removeprefix("funcbilevel.") for name in MODULES]
 
 LAYERS = [
     {"_typing"},
-    {"_tree", "_model"},
-    {"_partition"},
+    {"_tree", "_tracing"},
+    {"_described"},
+    {"_arguments", "_broadcast"},
+    {"_model"},
+    {"_partition", "_draws"},
     {"_problem", "_fit"},
     {"_estimator"},
     {"_check"},

@@ -9,8 +9,12 @@ from sklearn.metrics import roc_auc_score
 
 import funcbilevel as fb
 from funcbilevel import cli
-from funcbilevel.tasks import _records, _statistics, pathways, pathways_commands
-from funcbilevel.tasks.pathways import Design, Hyper, Rows, Setting
+from funcbilevel.tasks._experiment import statistics, store
+from funcbilevel.tasks._experiment.blocks import Block
+from funcbilevel.tasks.pathways import problem as pathways
+from funcbilevel.tasks.pathways import report, train
+from funcbilevel.tasks.pathways.methods import Hyper, Setting
+from funcbilevel.tasks.pathways.problem import Design, Rows
 
 SMALL = Design(4, 3, 1, 2, 4, 2, num_train=80, num_validation=60, num_test=100)
 KNOWN = jnp.array([1.0, 1.0, 1.0, 0.0, 0.0])
@@ -147,7 +151,7 @@ def test_the_weight_moves_attributions_inside():
     data = [pathways.generate(SMALL, seed) for seed in (0, 1)]
     setting = Setting(width=4, batch_size=20, num_steps=150)
     hypers = [Hyper(0.0, 0.03), Hyper(20.0, 0.03), Hyper(0.0, 0.03, 1.0)]
-    metrics = pathways.sweep("alternating", setting, data, hypers, (0, 1))
+    metrics = train.sweep("alternating", setting, data, hypers, (0, 1))
     assert all(values.shape == (2, 3) for values in metrics.values())
     share = metrics["known_share"]
     assert (share[:, 1] > share[:, 0] + 0.1).all()
@@ -157,8 +161,8 @@ def test_the_weight_moves_attributions_inside():
 
 
 def test_unknown_method():
-    with pytest.raises(ValueError, match=r"method must be one of aid-cg,.*got 'mask'"):
-        pathways.program("mask", Setting(), 5)
+    with pytest.raises(ValueError, match=r"method must be one of single-objective,.*got 'mask'"):
+        train.program("mask", Setting(), 5)
 
 
 @pytest.mark.parametrize(
@@ -179,11 +183,11 @@ def test_front_is_chosen_on_validation():
     names = ("accuracy", "known_share", "validation_accuracy", "validation_known_share")
     arrays = ([[0.8, 0.7, 0.99]], [[0.5, 1.0, 1.0]], [[0.8, 0.7, 0.6]], [[0.5, 1.0, 0.4]])
     metrics = {name: np.array(a) for name, a in zip(names, arrays, strict=True)}
-    outcome = pathways_commands.Outcome("aid-cg", [Hyper()] * 3, metrics, 0.0)
-    assert pathways_commands.front(outcome).tolist() == [True, True, False]  # the best on test is not chosen
-    volume = pathways_commands.volumes(outcome)
+    outcome = Block("aid-cg", [{}] * 3, [0], metrics)
+    assert report.front(outcome).tolist() == [True, True, False]  # the best on test is not chosen
+    volume = report.volumes(outcome)
     assert volume == pytest.approx(0.3 * 0.5 + 0.2 * 0.5)
-    assert volume == pytest.approx(_statistics.hypervolume(np.array([[0.8, 0.5], [0.7, 1.0]]), (0.5, 0.0)))
+    assert volume == pytest.approx(statistics.hypervolume(np.array([[0.8, 0.5], [0.7, 1.0]]), (0.5, 0.0)))
 
 
 # Commands.
@@ -191,7 +195,7 @@ def test_front_is_chosen_on_validation():
 
 def test_run(tmp_path, capsys):
     directory = tmp_path / "run"
-    few = ["--seeds", "2", "--num-steps", "5", "--width", "3", "--overlap", "0", "--methods"]  # no other
+    few = ["--seeds", "2", "--num-steps", "5", "--width", "3", "--overlap", "0", "--methods", "alternating"]
     cli.main(["run", "pathways", "--output-dir", str(directory), *few])
     output = capsys.readouterr()
     table = output.out.split(str(directory))[1]
@@ -200,19 +204,19 @@ def test_run(tmp_path, capsys):
         assert word in table
     assert "lagrangian        5 outer steps, outer objective" in output.err
     names = ["config.json", "pathways.png", "runs.jsonl", "table.md"]
-    assert sorted(path.name for path in directory.iterdir()) == names
-    records = list(_records.read(directory / "runs.jsonl"))
+    assert sorted(path.name for path in directory.glob("[!.]*")) == names
+    records = store.read(directory / "runs.jsonl")
     assert sum(r["method"] == "lagrangian" for r in records) == 24
     shares = [r["metrics"]["known_share"] for r in records if r["method"] == "known-genes"]
     assert shares == pytest.approx([1.0] * 4, abs=1e-6)
-    assert len({_records.identity(r) for r in records}) == len(records) == 2 * (2 + 2 + 12)
-    assert len((directory / "table.md").read_text().splitlines()) == 2 + 3
+    assert len({store.key_of(r) for r in records}) == len(records) == 2 * (2 + 2 + 12 + 12)
+    assert len((directory / "table.md").read_text().splitlines()) == 2 + 4
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--methods", "mask"], "--methods must be among alternating, aid-cg, itd, got mask"),
+        (["--methods", "mask"], "--methods must be among aid-cg, alternating, itd, got mask"),
         (["--seeds", "0"], "--seeds must be at least 1, got 0"),
         (["--num-driving", "8"], "--num-driving must be from 1 to 7, got 8"),
         (["--overlap", "-1"], "--overlap must be from 0 to 3, got -1"),

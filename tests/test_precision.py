@@ -45,6 +45,7 @@ ESTIMATORS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:hypergradient. the inner solution is not a stationary point")
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_hypergradients_move_by_rounding_only(name):
     inner, outer = batches()

@@ -218,6 +218,22 @@ def test_what_is_the_solvers_passes() -> None:
     assert train(itertools.repeat(half), 2)[0].step == 2
 
 
+def test_several_inner_batches_a_step_are_like_one_of_them() -> None:
+    solver = make()
+    many = jax.tree.map(lambda x: np.stack([x] * 2), BATCH)
+    fresh = fb.Sampler(jax.tree_util.Partial(lambda batch, key: batch, BATCH))
+    expected, _ = train(itertools.repeat(PAIR), 2, solver)
+    for source in (fb.Minibatches(many), fresh):
+        state, _ = train(itertools.repeat((source, BATCH)), 2, solver)
+        np.testing.assert_allclose(state.outer_params, expected.outer_params, rtol=1e-6)
+    with pytest.raises(ValueError, match=LIKE_INIT + r", got \(\[0\] float\[n\]; \[1\] float\[n, 3\]\)"):
+        train(itertools.repeat((fb.Minibatches(many[::-1]), BATCH)), 2, solver)
+    seeds = solver._replace(step=jax.vmap(solver.step))
+    states = jax.vmap(lambda key: SOLVER.init(key, 0.5, BATCH))(jax.random.split(jax.random.key(0), 3))
+    batches = jax.tree.map(lambda x: np.stack([x] * 3), (fb.Minibatches(many), BATCH))
+    assert train(itertools.repeat(batches), 2, seeds, states)[0].step.tolist() == [2] * 3
+
+
 def test_a_state_without_a_record_is_not_compared() -> None:
     state, _ = train(itertools.repeat(((BATCH[0], BATCH[1], 1.0), BATCH)), state=START._replace(batch_form=()))
     assert state.step == STEPS

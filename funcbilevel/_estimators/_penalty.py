@@ -5,7 +5,7 @@ from typing import Any, Protocol
 import jax
 import optax
 
-from funcbilevel._check import check_number, check_optimizer, check_positive
+from funcbilevel._arguments import check_number, check_optimizer, check_positive
 from funcbilevel._estimator import Estimator, Hypergradient, InnerSolution, InnerSolve
 from funcbilevel._fit import FitState, fit
 from funcbilevel._model import Model
@@ -18,7 +18,7 @@ from funcbilevel._problem import (
     outer_value,
 )
 from funcbilevel._tree import all_finite, stays_finite, tree_add_scaled
-from funcbilevel._typing import Batch, InnerParams, Key, ModelState, OuterParams, PyTree
+from funcbilevel._typing import Batch, InnerParams, Key, Metrics, ModelState, OuterParams, PyTree
 
 
 class Term(Protocol):
@@ -35,8 +35,28 @@ class Term(Protocol):
     ) -> jax.Array: ...
 
 
+class AtTheta(Protocol):
+    """Metrics of the inner solution theta, where d_theta L_out is d."""
+
+    def __call__(
+        self,
+        problem: ParametricProblem,
+        outer_params: OuterParams,
+        theta: InnerParams,
+        inner_batch: Batch,
+        d: InnerParams,
+        /,
+    ) -> Metrics: ...
+
+
 def penalised(
-    name: str, term: Term, optimizer: optax.GradientTransformation, num_steps: int, penalty: float, warm_start: bool
+    name: str,
+    term: Term,
+    optimizer: optax.GradientTransformation,
+    num_steps: int,
+    penalty: float,
+    warm_start: bool,
+    at_theta: AtTheta = lambda *_: {},
 ) -> Estimator:
     r"""The estimator of the penalised problem, with p the term and lambda the penalty.
 
@@ -74,20 +94,21 @@ def penalised(
         def L_out(omega: OuterParams, y: InnerParams) -> jax.Array:
             return outer_value(parametric, omega, y, outer_batch)[0]
 
-        def value_and_grad(y: InnerParams, model_state: ModelState, _: Any) -> Any:
+        def value_and_grad(y: InnerParams, model_state: ModelState, *_: Any) -> Any:
             value, grad = jax.value_and_grad(lambda y: p(outer_params, y) + L_out(outer_params, y) / penalty)(y)
             return (value, ({}, model_state)), mean_over_devices(problem, grad)
 
         start = state if warm_start else FitState(theta, optimizer.init(theta), ())
-        fitted, objective, _ = fit(value_and_grad, optimizer, num_steps, start, None)
+        fitted, _, objective, _ = fit(value_and_grad, optimizer, num_steps, start, None)
         y = fitted.params
 
         g_exp = jax.grad(L_out)(outer_params, y)
         g_imp = jax.grad(lambda omega: penalty * p(omega, y))(outer_params)
-        g_exp, g_imp = mean_over_devices(problem, (g_exp, g_imp))
         value, aux, _, d = outer_derivatives(parametric, outer_params, theta, outer_batch)  # at theta, as all report it
+        sound = all_finite(value, d)
         finite = all_finite(y, objective) & stays_finite(start, fitted)
-        metrics = aux | {"penalty_objective": objective, "adjoint_finite": finite | ~all_finite(d)}
+        metrics = aux | {"penalty_objective": objective, "adjoint_finite": finite | ~sound, "outer_finite": sound}
+        metrics |= at_theta(parametric, outer_params, theta, inner_batch, d)
         gradient = tree_add_scaled(g_exp, 1.0, g_imp)
         return inner, Hypergradient(gradient, g_exp, g_imp, value, fitted if warm_start else (), metrics)
 

@@ -7,24 +7,30 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
+from funcbilevel._check import warn_of_ignored
+from funcbilevel._described import described
 from funcbilevel._estimator import Estimator, Hypergradient, InnerSolution, InnerSolve
 from funcbilevel._fit import FitState
-from funcbilevel._linear_solvers import LinearSolver, as_linear_solver, linear_metrics
+from funcbilevel._linear_solvers import LinearSolver, as_linear_solver, rescaled, solve_linear
 from funcbilevel._model import Model
 from funcbilevel._problem import (
     Problem,
     as_parametric,
     inner_cross_derivative,
-    inner_curvature,
+    inner_derivatives,
+    inner_value,
     outer_derivatives,
+    stationarity,
 )
-from funcbilevel._tree import all_finite, tree_add_scaled
+from funcbilevel._tracing import dependence
+from funcbilevel._tree import all_finite, tree_add_scaled, tree_cast, working_dtype
 from funcbilevel._typing import Batch, Key, OuterParams, PyTree
 
 if TYPE_CHECKING:
     import lineax
 
 
+@described
 def aid(linear_solver: LinearSolver | lineax.AbstractLinearSolver[Any], warm_start: bool = True) -> Estimator:
     r"""Approximate implicit differentiation (AID).
 
@@ -34,7 +40,14 @@ def aid(linear_solver: LinearSolver | lineax.AbstractLinearSolver[Any], warm_sta
         (\partial^2_\theta L_{in} + \delta I)\, u &= \partial_\theta L_{out}, \\
         \nabla F(\omega) &= \partial_\omega L_{out} - \partial_\omega \langle \partial_\theta L_{in}, u\rangle .
 
-    The inner gradient is linearised once; each step of the linear solver then costs one Hessian-vector product.
+    The inner gradient is linearised once; each step of the linear solver then costs one Hessian-vector product. Both
+    formulas hold where theta is a stationary point of a smooth inner objective, inside its domain. At a solution with
+    active constraints or at a kink (non-negative least squares, lasso), and after too few inner steps, they give a
+    wrong number, which `inner_gradient_relative` shows and the linear solver's residual does not.
+
+    With `fb.Minibatches` or `fb.Sampler` as inner batch, all products and the cross derivative are taken on one batch:
+    the draw after those of the inner steps. A leaf of inner_params that the inner objective does not see has no part in
+    the linear system; a warning names it.
 
     Arguments:
         linear_solver: `cg`, `normal_cg`, `gmres`, `neumann`, `gradient_descent`, `identity`, or any lineax solver.
@@ -42,7 +55,8 @@ def aid(linear_solver: LinearSolver | lineax.AbstractLinearSolver[Any], warm_sta
 
     Returns:
         An `Estimator` for either kind of problem (a functional one is taken at the model's parameters, in
-        evaluation mode). Metrics: `adjoint_finite`, `linear_residual`, `linear_converged`, `linear_curvature`.
+        evaluation mode). Metrics: `adjoint_finite`, `linear_residual`, `linear_converged`, `linear_curvature`,
+        `inner_gradient_norm` and `inner_gradient_relative`: g = d_theta L_in, and |g| / (|H theta| + |g - H theta|).
 
     Raises:
         TypeError: `linear_solver` is not one.
@@ -58,7 +72,8 @@ def aid(linear_solver: LinearSolver | lineax.AbstractLinearSolver[Any], warm_sta
 
     def init(key: Key | None, problem: Problem, model: Model | None, inner: FitState, inner_batch: Batch, /) -> PyTree:
         del key, problem, model, inner_batch
-        return jax.tree.map(jnp.zeros_like, inner.params) if warm_start else ()
+        dtype = working_dtype(inner.params)
+        return jax.tree.map(lambda x: jnp.zeros_like(x, dtype), inner.params) if warm_start else ()
 
     def estimate(
         problem: Problem,
@@ -75,19 +90,29 @@ def aid(linear_solver: LinearSolver | lineax.AbstractLinearSolver[Any], warm_sta
         inner = solve(outer_params)
         theta, problem = inner.fit.params, as_parametric(problem, model, inner.fit.model_state, inner_batch)
 
-        value, aux, g_exp, rhs = outer_derivatives(problem, outer_params, theta, outer_batch)
-        hessian = inner_curvature(problem, outer_params, theta, inner_batch)
+        value, aux, g_exp, d = outer_derivatives(problem, outer_params, theta, outer_batch)
+        gradient, hessian = inner_derivatives(problem, outer_params, theta, inner_batch)
 
-        def damped(u: PyTree) -> PyTree:
-            return tree_add_scaled(hessian(u), solver.damping, u)
+        (seen,), _ = dependence(lambda theta: inner_value(problem, outer_params, theta, inner_batch)[0], theta)
+        warn_of_ignored("aid", seen)
 
-        u = solver.solve(damped, rhs, state if warm_start else None)
-        cross = inner_cross_derivative(problem, outer_params, theta, inner_batch, u)
-        g_imp = jax.tree.map(jnp.negative, cross)
+        def part(tree: PyTree) -> list[jax.Array]:  # the leaves that are in the system
+            return [x for x, s in zip(jax.tree.leaves(tree), jax.tree.leaves(seen)) if s]
 
-        metrics = linear_metrics(damped, rhs, u)
-        metrics = metrics | aux | {"adjoint_finite": all_finite(u, metrics) | ~all_finite(rhs)}
-        gradient = tree_add_scaled(g_exp, 1.0, g_imp)
-        return inner, Hypergradient(gradient, g_exp, g_imp, value, u if warm_start else (), metrics)
+        def whole(leaves: list[jax.Array]) -> PyTree:
+            rest = iter(leaves)
+            return jax.tree.map(lambda x, s: next(rest) if s else jnp.zeros_like(x), theta, seen)
+
+        initial = part(state) if warm_start else None
+        solution, metrics = solve_linear(solver, lambda t: part(hessian(whole(t))), part(d), initial)
+        u = tree_cast(whole(solution), working_dtype(theta))
+        cross = rescaled(lambda u: inner_cross_derivative(problem, outer_params, theta, inner_batch, u), theta)(u)
+        g_imp = tree_cast(jax.tree.map(jnp.negative, cross), outer_params)
+
+        metrics = metrics | stationarity(gradient, hessian(theta)) | aux
+        sound = all_finite(value, d)
+        metrics |= {"adjoint_finite": all_finite(u, metrics) | ~sound, "outer_finite": sound}
+        total = tree_add_scaled(g_exp, 1.0, g_imp)
+        return inner, Hypergradient(total, g_exp, g_imp, value, u if warm_start else (), metrics)
 
     return Estimator(init, estimate)

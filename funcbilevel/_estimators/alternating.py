@@ -3,12 +3,14 @@
 import jax
 import jax.numpy as jnp
 
+from funcbilevel._described import described
 from funcbilevel._estimator import Estimator, Hypergradient, InnerSolution, InnerSolve, no_state
 from funcbilevel._model import Model
-from funcbilevel._problem import Problem, as_parametric, mean_over_devices, outer_value
+from funcbilevel._problem import Problem, as_parametric, outer_value
 from funcbilevel._typing import Batch, Key, OuterParams, PyTree
 
 
+@described
 def alternating() -> Estimator:
     r"""Alternating gradient steps: :math:`\nabla F(\omega) \approx \partial_\omega L_{out}(\omega, h)`.
 
@@ -43,8 +45,7 @@ def alternating() -> Estimator:
         (value, aux), g_exp = jax.value_and_grad(
             lambda omega: outer_value(parametric, omega, inner.fit.params, outer_batch), has_aux=True
         )(outer_params)
-        g_exp = mean_over_devices(problem, g_exp)
         zero = jax.tree.map(jnp.zeros_like, g_exp)
         return inner, Hypergradient(g_exp, g_exp, zero, value, state, aux | {"adjoint_finite": jnp.array(True)})
 
-    return Estimator(no_state, estimate)
+    return Estimator(no_state, estimate, implicit=False)

@@ -3,22 +3,28 @@
 from functools import partial
 from typing import Any
 
+import jax
+
 from funcbilevel._check import check_prediction, problem_inputs
+from funcbilevel._described import described
 from funcbilevel._estimator import Adjoint, AdjointSystem, Estimator, Hypergradient, InnerSolution, InnerSolve
+from funcbilevel._linear_solvers import rescaled
 from funcbilevel._problem import (
     FunctionalProblem,
     inner_cross_derivative,
-    inner_curvature,
+    inner_derivatives,
     mean_over_devices,
     outer_derivatives,
     predictor,
+    stationarity,
 )
-from funcbilevel._tree import all_finite, stays_finite, tree_add_scaled
-from funcbilevel._typing import Batch, Key, OuterParams, PyTree
+from funcbilevel._tree import all_finite, stays_finite, tree_add_scaled, tree_cast, working_dtype
+from funcbilevel._typing import Batch, InnerParams, Key, OuterParams, Prediction, PyTree
 
 BATCHES = ("inner_batch", "outer_batch")
 
 
+@described
 def funcid(adjoint: Adjoint) -> Estimator:
     r"""Functional implicit differentiation (FuncID).
 
@@ -30,14 +36,19 @@ def funcid(adjoint: Adjoint) -> Estimator:
         \nabla F(\omega) &= \partial_\omega L_{out}(\omega, v_Q)
             + \partial_\omega \langle \partial_v L_{in}(\omega, v_P), a(x_P)\rangle .
 
-    C acts on predictions, so no Hessian in parameter space appears; v_P, v_Q, d and C are computed once per call.
+    C acts on predictions, so no Hessian in parameter space appears; v_P, v_Q, d and C are computed once per call. The
+    formula holds at the inner solution: `inner_gradient_relative` says how far the inner level is from it.
+
+    With `fb.Minibatches` or `fb.Sampler` as inner batch, P is one batch: the draw after those of the inner steps.
 
     Arguments:
         adjoint: how the adjoint function a is represented and fitted: `learned_adjoint`, `linear_adjoint` or
             `pointwise_adjoint`.
 
     Returns:
-        An `Estimator` for `FunctionalProblem`. Metrics: `adjoint_finite`, and those of the adjoint.
+        An `Estimator` for `FunctionalProblem`. Metrics: `adjoint_finite`, those of the adjoint, `inner_gradient_norm`
+        and `inner_gradient_relative`: with J the Jacobian of v_P by theta and g = J' d_v L_in, |g| and
+        |g| / (|J' C v_P| + |g - J' C v_P|).
 
     Raises:
         TypeError: `adjoint` is not an `Adjoint`.
@@ -73,13 +84,23 @@ def funcid(adjoint: Adjoint) -> Estimator:
             check_prediction("funcid", "prediction", v, x, name)
 
         value, aux, g_exp, d = outer_derivatives(problem, outer_params, v_Q, outer_batch)
-        C = inner_curvature(problem, outer_params, v_P, inner_batch)
-        system = AdjointSystem(C, d, v_P, x_P, x_Q, partial(mean_over_devices, problem))
+        gradient, C = inner_derivatives(problem, outer_params, v_P, inner_batch)
+        mean = partial(mean_over_devices, problem)
+        system = AdjointSystem(C, d, v_P, x_P, x_Q, mean)
         a_P, new_state, metrics = adjoint.fit(system, model, inner.fit, state, key)
-        g_imp = inner_cross_derivative(problem, outer_params, v_P, inner_batch, a_P)
+        cross = rescaled(lambda a: inner_cross_derivative(problem, outer_params, v_P, inner_batch, a), v_P)(
+            tree_cast(a_P, working_dtype(v_P))
+        )
+        g_imp = tree_cast(cross, outer_params)
 
+        def pulled(t: Prediction) -> InnerParams:  # J' t
+            _, pull = jax.vjp(lambda theta: model.apply(theta, inner.fit.model_state, x_P)[0], inner.fit.params)
+            return mean(pull(t if h.head is None else t @ h.head.T)[0])
+
+        metrics = metrics | stationarity(pulled(gradient), pulled(C(v_P))) | aux
+        sound = all_finite(value, d)
         finite = all_finite(a_P, metrics) & stays_finite(state, new_state)
-        metrics = metrics | aux | {"adjoint_finite": finite | ~all_finite(d)}
+        metrics |= {"adjoint_finite": finite | ~sound, "outer_finite": sound}
         return inner, Hypergradient(tree_add_scaled(g_exp, 1.0, g_imp), g_exp, g_imp, value, new_state, metrics)
 
     return Estimator(adjoint.init, estimate, functional=True)

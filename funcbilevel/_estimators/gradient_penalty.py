@@ -3,6 +3,7 @@
 import jax
 import optax
 
+from funcbilevel._described import described
 from funcbilevel._estimator import Estimator
 from funcbilevel._estimators._penalty import penalised
 from funcbilevel._problem import ParametricProblem, inner_value, mean_over_devices
@@ -10,6 +11,7 @@ from funcbilevel._tree import tree_vdot
 from funcbilevel._typing import Batch, InnerParams, OuterParams
 
 
+@described
 def gradient_penalty(
     optimizer: optax.GradientTransformation, num_steps: int, penalty: float, warm_start: bool = True
 ) -> Estimator:

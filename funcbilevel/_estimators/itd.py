@@ -5,14 +5,17 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from funcbilevel._check import check_number
+from funcbilevel._arguments import check_number
+from funcbilevel._described import described
 from funcbilevel._estimator import Estimator, Hypergradient, InnerSolution, InnerSolve, no_state
 from funcbilevel._model import Model
-from funcbilevel._problem import Problem, as_parametric, mean_over_devices, outer_value
+from funcbilevel._problem import Problem, as_parametric, outer_value
+from funcbilevel._tracing import reverse_only
 from funcbilevel._tree import tree_add_scaled
 from funcbilevel._typing import Batch, Key, Metrics, OuterParams, PyTree
 
 
+@described
 def itd(num_steps: int, mode: Literal["reverse", "forward"] = "reverse", remat: bool = False) -> Estimator:
     r"""Iterative differentiation (ITD) through the last T = `num_steps` of the M inner steps.
 
@@ -34,7 +37,9 @@ def itd(num_steps: int, mode: Literal["reverse", "forward"] = "reverse", remat: 
         An `Estimator` for either kind of problem. It has no adjoint, so `adjoint_finite` is always true.
 
     Raises:
-        ValueError: `num_steps` < 1 or above the solver's `inner_steps`; `mode` is neither of the two.
+        ValueError: `num_steps` < 1 or above the solver's `inner_steps`; `mode` is neither of the two; (at trace time)
+            "reverse" through a loop of unknown length, such as the line search of `optax.lbfgs`, or "forward" through a
+            `jax.custom_vjp` function.
 
     Adam and its kin divide by a root of the second moment, whose derivative is infinite where a gradient has been
     exactly zero (dead ReLU units): give `optax.adam` an `eps_root`, or `outer_finite` will show NaN.
@@ -72,13 +77,27 @@ def itd(num_steps: int, mode: Literal["reverse", "forward"] = "reverse", remat: 
             value, aux = outer_value(parametric, explicit, inner.fit.params, outer_batch)
             return value, (value, aux, inner)
 
+        if mode == "forward" and reverse_only(unrolled, outer_params, outer_params):
+            raise ValueError(
+                'itd: mode is "forward", but an objective (or the model) calls a jax.custom_vjp function, which has no '
+                'forward derivative; use mode="reverse".'
+            )
         differentiate = jax.grad if mode == "reverse" else jax.jacfwd
-        (g_exp, g_imp), (value, aux, inner) = differentiate(unrolled, argnums=(0, 1), has_aux=True)(
-            outer_params, outer_params
-        )
+        try:
+            (g_exp, g_imp), (value, aux, inner) = differentiate(unrolled, argnums=(0, 1), has_aux=True)(
+                outer_params, outer_params
+            )
+        except ValueError as error:
+            if "while_loop" not in str(error):
+                raise
+            raise ValueError(
+                'itd: mode is "reverse", but an inner step holds a loop of unknown length (the line search of an inner '
+                "optimizer such as optax.lbfgs, or a jax.lax.while_loop in the inner objective or the model), which "
+                'has no reverse derivative; use mode="forward", another inner optimizer, or fb.aid, which needs no '
+                "derivative of the inner steps."
+            ) from error
         # Forward mode returns the objective's dtype, which may be wider than that of outer_params.
         g_exp, g_imp = (jax.tree.map(lambda g, w: g.astype(w.dtype), g, outer_params) for g in (g_exp, g_imp))
-        g_exp, g_imp = mean_over_devices(problem, (g_exp, g_imp))
         metrics = aux | {"adjoint_finite": jnp.array(True)}
         return inner, Hypergradient(tree_add_scaled(g_exp, 1.0, g_imp), g_exp, g_imp, value, state, metrics)
 

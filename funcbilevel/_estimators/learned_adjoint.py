@@ -5,16 +5,18 @@ from typing import Any
 import jax
 import optax
 
-from funcbilevel._check import check_like, check_number, check_optimizer
+from funcbilevel._arguments import check_like, check_number, check_optimizer
+from funcbilevel._described import described
 from funcbilevel._estimator import Adjoint, AdjointSystem
 from funcbilevel._features import Features, check_is_features, evaluate_features
 from funcbilevel._fit import FitState, fit
-from funcbilevel._model import Model
+from funcbilevel._model import Model, with_frozen_of, without_frozen
 from funcbilevel._problem import FunctionalProblem
 from funcbilevel._tree import evaluated_after, num_bytes, tree_vdot
 from funcbilevel._typing import Batch, Inputs, Key, Metrics, ModelState, Prediction, PyTree
 
 
+@described
 def learned_adjoint(
     optimizer: optax.GradientTransformation,
     num_steps: int,
@@ -34,7 +36,7 @@ def learned_adjoint(
         optimizer: any optax optimizer.
         num_steps: K >= 1.
         model: the adjoint's model; its output must look like the prediction. None: the prediction model's
-            architecture, with its own parameters.
+            architecture, with its own parameters (where some are frozen, on the prediction model's frozen ones).
         warm_start: whether parameters and optimizer state go on from the previous outer step; if not, they are
             drawn anew from each call's key.
         features: `(inner_params, inputs) -> [n, p]`, or a `Model` that shares the prediction model's parameters and
@@ -91,6 +93,8 @@ def learned_adjoint(
                 "key=jax.random.key(seed), or the state of an earlier call (with warm_start=True)."
             )
         params, model_state = network(prediction_model).init(key, x_P)
+        # An adjoint of the prediction model's architecture stands on its frozen parameters, and need not carry them.
+        model_state = without_frozen(model_state) if model is None else model_state
         return FitState(params, optimizer.init(params), model_state)
 
     def init(
@@ -105,10 +109,15 @@ def learned_adjoint(
     ) -> tuple[Prediction, PyTree, Metrics]:
         C, d, _, x_P, x_Q, mean = system
         x_P, x_Q = adjoint_inputs(inner, x_P), adjoint_inputs(inner, x_Q)
-        apply = network(prediction_model).apply
+        network_apply = network(prediction_model).apply
+
+        def apply(xi: PyTree, model_state: ModelState, x: Inputs) -> tuple[Prediction, ModelState]:
+            shared = with_frozen_of(model_state, inner.model_state) if model is None else model_state
+            return network_apply(xi, shared, x)
+
         state = state if warm_start else start(key, prediction_model, x_P)
 
-        def value_and_grad(params: PyTree, model_state: ModelState, _: Any) -> Any:
+        def value_and_grad(params: PyTree, model_state: ModelState, *_: Any) -> Any:
             a_Q, pull_Q = jax.vjp(lambda xi: apply(xi, model_state, x_Q)[0], params)
             mend = "give learned_adjoint a model whose output is like the prediction model's."
             check_like("learned_adjoint", "the adjoint model's output", a_Q, d, mend)
@@ -126,7 +135,7 @@ def learned_adjoint(
             (grad_P,) = pull_P(Ca)
             return (value, ({}, model_state)), mean(jax.tree.map(lambda p, q: p + q, grad_P, grad_Q))
 
-        state, value, _ = fit(value_and_grad, optimizer, num_steps, state, None)
+        state, _, value, _ = fit(value_and_grad, optimizer, num_steps, state, None)
         a_P, _ = apply(state.params, state.model_state, x_P)
         return a_P, state if warm_start else (), {"adjoint_objective": value}
 

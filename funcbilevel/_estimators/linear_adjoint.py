@@ -3,16 +3,18 @@
 import jax
 import jax.numpy as jnp
 
-from funcbilevel._check import check_at_least, check_number
+from funcbilevel._arguments import check_at_least, check_number
+from funcbilevel._described import described
 from funcbilevel._estimator import Adjoint, AdjointSystem, no_state
 from funcbilevel._features import Features, check_is_features, evaluate_features
 from funcbilevel._fit import FitState
 from funcbilevel._model import Model
 from funcbilevel._ridge import ridge_solution
-from funcbilevel._tree import moments
+from funcbilevel._tree import moments, tree_cast, working_dtype
 from funcbilevel._typing import Key, Metrics, Prediction, PyTree
 
 
+@described
 def linear_adjoint(features: Features, ridge: float = 0.0, num_steps: int = 500) -> Adjoint:
     r"""a(x) = phi(x) W on frozen features phi, with W the exact minimiser of
 
@@ -54,7 +56,8 @@ def linear_adjoint(features: Features, ridge: float = 0.0, num_steps: int = 500)
         del model, key
         C, d, v_P, x_P, x_Q, mean = system
         phi_P, phi_Q = (evaluate_features("linear_adjoint", features, inner, x) for x in (x_P, x_Q))
-        rhs = jax.tree.map(lambda d: -mean(moments(phi_Q, d)), d)
+        wide = working_dtype((phi_Q, d))
+        rhs = jax.tree.map(lambda d: -mean(moments(phi_Q.astype(wide), d)), tree_cast(d, wide))
         W, metrics = ridge_solution(C, rhs, phi_P, v_P, ridge, num_steps, mean)
         return jax.tree.map(lambda W: jnp.tensordot(phi_P, W, 1), W), state, metrics
 

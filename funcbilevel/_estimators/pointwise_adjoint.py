@@ -5,16 +5,23 @@ import math
 import jax
 import jax.numpy as jnp
 
-from funcbilevel._check import check_like
+from funcbilevel._arguments import check_like
+from funcbilevel._described import described
 from funcbilevel._estimator import Adjoint, AdjointSystem, no_state
 from funcbilevel._fit import FitState
-from funcbilevel._linear_solvers import linear_metrics
+from funcbilevel._linear_solvers import in_working_dtype, linear_metrics, rescaled
 from funcbilevel._model import Model
+from funcbilevel._tree import tree_cast, working_dtype
 from funcbilevel._typing import Key, LinearMap, Metrics, Prediction, PyTree
 
 
+@described
 def pointwise_adjoint() -> Adjoint:
     r"""One unrestricted value per sample: :math:`a_i = -C_i^{-1} d_i`, with C_i the k-by-k block of C at sample i.
+
+    Where C_i is singular (softmax cross-entropy does not see a shift of all logits, and C_i annihilates it), a_i is
+    :math:`-C_i^+ d_i`, the solution of least norm: directions in which C_i vanishes to rounding are left out. That is
+    the right answer where d_i lies in the range of C_i; samples where it does not are counted.
 
     For batches that hold the same inputs in the same order, and an inner objective that is a mean of terms of one
     sample each (C is then block diagonal; if it is not, `linear_residual` shows it).
@@ -25,8 +32,9 @@ def pointwise_adjoint() -> Adjoint:
     confounding comes back; use `linear_adjoint` or `learned_adjoint`.
 
     Returns:
-        An `Adjoint` for `funcid`. Its metrics: `linear_residual`, `linear_converged`, `linear_curvature` of C a = -d,
-        and `adjoint_inputs_match`, whether the two batches did hold the same inputs.
+        An `Adjoint` for `funcid`. Its metrics: `linear_residual`, `linear_converged`, `linear_curvature` of C a = -d;
+        `adjoint_inconsistent`, the number of samples whose equation C_i a_i = -d_i has no solution
+        (`linear_converged` is then false); and `adjoint_inputs_match`, whether the two batches held the same inputs.
 
     Raises:
         ValueError: (at trace time) the inputs of the two batches differ in structure or shape.
@@ -50,40 +58,71 @@ def pointwise_adjoint() -> Adjoint:
             "fb.learned_adjoint."
         )
         check_like("pointwise_adjoint", "inputs of outer_batch", shapes_Q, shapes_P, mend)
-        rhs = jax.tree.map(jnp.negative, d)
-        a_P = _solve_blocks(C, rhs)
+        dtype = working_dtype(d)
+        rhs = jax.tree.map(jnp.negative, tree_cast(d, dtype))
+        a_P = _solve_blocks(in_working_dtype(C, d), rhs)
+        product = rescaled(C, d)
+        inconsistent = _inconsistent(product, rhs, a_P)
+        metrics = linear_metrics(product, rhs, a_P, d)
+        metrics["linear_converged"] &= inconsistent == 0
         same = [jnp.array_equal(p, q) for p, q in zip(jax.tree.leaves(x_P), jax.tree.leaves(x_Q), strict=True)]
-        metrics = linear_metrics(C, rhs, a_P) | {"adjoint_inputs_match": jnp.all(jnp.stack(same))}
+        metrics |= {"adjoint_inconsistent": inconsistent, "adjoint_inputs_match": jnp.all(jnp.stack(same))}
         return a_P, state, metrics
 
     return Adjoint(no_state, fit)
 
 
+def _rows(tree: Prediction) -> jax.Array:
+    """The outputs of all leaves taken together, as k numbers per sample: [n, k]."""
+    return jnp.concatenate([x.reshape(x.shape[0], -1) for x in jax.tree.leaves(tree)], axis=1)
+
+
 def _solve_blocks(C: LinearMap, rhs: Prediction) -> Prediction:
-    """a_i = C_i^-1 rhs_i for every sample i, the outputs of all leaves taken together as k numbers."""
+    """a_i = C_i^+ rhs_i for every sample i."""
     leaves, structure = jax.tree.flatten(rhs)
     widths = [math.prod(x.shape[1:]) for x in leaves]
     ends = [sum(widths[: i + 1]) for i in range(len(widths))]
-
-    def flat(tree: PyTree) -> jax.Array:  # [n, k]
-        return jnp.concatenate([x.reshape(x.shape[0], -1) for x in jax.tree.leaves(tree)], axis=1)
 
     def unflat(rows: jax.Array) -> PyTree:
         parts = jnp.split(rows, ends[:-1], axis=1)
         return jax.tree.unflatten(structure, [p.reshape(x.shape) for p, x in zip(parts, leaves, strict=True)])
 
-    rows = flat(rhs)
+    rows = _rows(rhs)
     # Column j of every block at once: C applied to the j-th unit vector at each sample. [k, n, k]
-    columns = jax.vmap(lambda e: flat(C(unflat(jnp.broadcast_to(e, rows.shape)))))(jnp.eye(ends[-1], dtype=rows.dtype))
+    columns = jax.vmap(lambda e: _rows(C(unflat(jnp.broadcast_to(e, rows.shape)))))(jnp.eye(ends[-1], dtype=rows.dtype))
     blocks = jnp.moveaxis(columns, 0, 2)  # [n, k, k]
-    return unflat(_solve(blocks, rows))
+
+    def product(x: jax.Array) -> jax.Array:
+        return jnp.sum(blocks * x[:, None, :], axis=2)
+
+    # So that the derivative is that of the solution, and not one through eigenvectors.
+    return unflat(jax.lax.custom_linear_solve(product, rows, lambda _, y: _solve(blocks, y), symmetric=True))
 
 
 def _solve(B: jax.Array, y: jax.Array) -> jax.Array:
-    """x_i = B_i^-1 y_i for B [n, k, k] and y [n, k]; LAPACK, called once per sample, is slow where k is 1 or 2."""
-    if y.shape[1] == 1:
-        return y / B[..., 0]
-    if y.shape[1] == 2:
-        ((p, q), (r, s)), (u, v) = jnp.moveaxis(B, 0, 2), y.T  # Cramer's rule
-        return jnp.stack([s * u - q * v, p * v - r * u], axis=1) / (p * s - q * r)[:, None]
-    return jnp.linalg.solve(B, y[..., None])[..., 0]
+    """x_i = B_i^+ y_i for symmetric B [n, k, k] and y [n, k]; LAPACK, once per sample, is slow where k is 1 or 2."""
+    k, eps = y.shape[1], jnp.finfo(y.dtype).eps
+    if k == 1:
+        b = B[..., 0]
+        return jnp.where(b == 0, 0.0, y / jnp.where(b == 0, 1.0, b))
+    if k == 2:
+        size = jnp.max(jnp.abs(B), axis=(1, 2))
+        size = jnp.where(size == 0, 1.0, size)
+        ((p, q), (r, s)), (u, v) = jnp.moveaxis(B / size[:, None, None], 0, 2), (y / size[:, None]).T
+        determinant, largest = p * s - q * r, 0.5 * jnp.abs(p + s) + jnp.hypot(0.5 * (p - s), q)
+        singular = (jnp.abs(determinant) <= 4 * eps * largest**2)[None]
+        by_cramer = jnp.stack([s * u - q * v, p * v - r * u]) / jnp.where(singular, 1.0, determinant[None])
+        # B = lambda e e' has the pseudo-inverse B / lambda^2.
+        of_rank_one = jnp.stack([p * u + q * v, r * u + s * v]) / jnp.where(largest == 0, 1.0, largest**2)[None]
+        return jnp.where(singular, of_rank_one, by_cramer).T
+    eigenvalues, U = jnp.linalg.eigh(B)
+    kept = jnp.abs(eigenvalues) > 4 * k * eps * jnp.max(jnp.abs(eigenvalues), axis=1, keepdims=True)
+    inverse = jnp.where(kept, 1.0 / jnp.where(kept, eigenvalues, 1.0), 0.0)
+    inverse = jnp.where(jnp.isnan(eigenvalues), jnp.nan, inverse)
+    return jnp.einsum("nij,nj,nkj,nk->ni", U, inverse, U, y)
+
+
+def _inconsistent(C: LinearMap, rhs: Prediction, a: Prediction) -> jax.Array:
+    """How many samples' equations a does not solve, by the scale of the largest right-hand side; NaN counts."""
+    error = jnp.max(jnp.abs(_rows(C(a)) - _rows(rhs)), axis=1)
+    return jnp.sum(~(error <= jnp.sqrt(jnp.finfo(error.dtype).eps) * jnp.max(jnp.abs(_rows(rhs)))))

@@ -1,14 +1,18 @@
 """The value-function penalty: a first-order hypergradient from two solutions of the inner level."""
 
 import jax
+import jax.numpy as jnp
 import optax
 
+from funcbilevel._described import described
 from funcbilevel._estimator import Estimator
 from funcbilevel._estimators._penalty import penalised
-from funcbilevel._problem import ParametricProblem, inner_value
-from funcbilevel._typing import Batch, InnerParams, OuterParams
+from funcbilevel._problem import ParametricProblem, inner_value, mean_over_devices
+from funcbilevel._tree import tree_norm
+from funcbilevel._typing import Batch, InnerParams, Metrics, OuterParams
 
 
+@described
 def value_penalty(
     optimizer: optax.GradientTransformation, num_steps: int, penalty: float, warm_start: bool = True
 ) -> Estimator:
@@ -29,8 +33,9 @@ def value_penalty(
         warm_start: whether y and the optimizer state go on from the previous outer step; if not, y starts at theta.
 
     Returns:
-        An `Estimator` for either kind of problem. Metrics: `adjoint_finite` (y is finite) and `penalty_objective`,
-        what y minimises, at the last step.
+        An `Estimator` for either kind of problem. Metrics: `adjoint_finite` (y is finite); `penalty_objective`, what y
+        minimises, at the last step; `inner_gradient_norm`, |g| with g = d_theta L_in, which ought to be zero, and
+        `inner_gradient_relative`, |g| / (|g| + |d_theta L_out| / lambda), over what moves y away from theta.
 
     Raises:
         TypeError: `optimizer` is not one.
@@ -51,4 +56,12 @@ def value_penalty(
         at_theta, _ = inner_value(problem, outer_params, theta, inner_batch)
         return at_y - at_theta
 
-    return penalised("value_penalty", suboptimality, optimizer, num_steps, penalty, warm_start)
+    def at_theta(
+        problem: ParametricProblem, outer_params: OuterParams, theta: InnerParams, inner_batch: Batch, d: InnerParams
+    ) -> Metrics:
+        gradient = jax.grad(lambda theta: inner_value(problem, outer_params, theta, inner_batch)[0])(theta)
+        norm = tree_norm(mean_over_devices(problem, gradient))
+        terms = norm + tree_norm(d) / penalty
+        return {"inner_gradient_norm": norm, "inner_gradient_relative": norm / jnp.where(terms > 0, terms, 1.0)}
+
+    return penalised("value_penalty", suboptimality, optimizer, num_steps, penalty, warm_start, at_theta)

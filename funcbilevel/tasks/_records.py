@@ -1,124 +1,41 @@
-"""What every task and benchmark shares: its options, its run directory, and records of results in one schema."""
+"""Names of `_experiment` for the tasks that are not moved yet, and the options that they had. To be deleted."""
 
 import json
-import math
-import os
-import platform
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from functools import cache
-from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypedDict
+from typing import Any, ClassVar, TypeAlias
 
-import jax
+from funcbilevel.tasks._experiment import store
+from funcbilevel.tasks._experiment.machine import machine, versions
+from funcbilevel.tasks._experiment.store import Record, record, settings_key
+from funcbilevel.tasks._experiment.table import markdown as markdown_table
+from funcbilevel.tasks._experiment.table import terminal as terminal_table
 
-import funcbilevel as fb
-
-if TYPE_CHECKING:
-    from rich.table import Table
+__all__ = ["machine", "markdown_table", "record", "settings_key", "terminal_table", "versions"]
 
 Track: TypeAlias = Callable[[str, int], Callable[[Any, Mapping[str, Any]], None]]
-"""`(label, number of outer steps) -> callback` for `fb.train`: shows one solve's progress."""
-
-
-class Record(TypedDict):
-    """One finished run, as it stands on one line of a JSON Lines file.
-
-    Attributes:
-        task, method: names, the same everywhere.
-        seed: the seed of its random numbers.
-        settings: what it takes to run it again.
-        metrics: final scalars; None for one that is not finite.
-        seconds: wall-clock time, compilation included.
-        versions: of Python and of the packages that decide the numbers.
-        machine: kind of machine and of device, without names or paths.
-    """
-
-    task: str
-    method: str
-    seed: int
-    settings: dict[str, Any]
-    metrics: dict[str, float | None]
-    seconds: float
-    versions: dict[str, str]
-    machine: dict[str, str | int]
-
-
-def record(
-    task: str, method: str, seed: int, settings: Mapping[str, Any], metrics: Mapping[str, Any], seconds: float
-) -> Record:
-    """A `Record` of this process on this machine; metrics are scalars of any kind."""
-    values = {name: float(value) for name, value in metrics.items()}
-    return Record(
-        task=task,
-        method=method,
-        seed=seed,
-        settings=dict(settings),
-        metrics={name: value if math.isfinite(value) else None for name, value in values.items()},
-        seconds=round(seconds, 3),
-        versions=versions(),
-        machine=machine(),
-    )
 
 
 def append(path: Path, result: Record) -> None:
     """Adds one line to a JSON Lines file."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(result, allow_nan=False) + "\n")
+    store.append(path, [result])
 
 
 def read(path: Path) -> Iterator[Record]:
-    """The records of a JSON Lines file.
-
-    Raises:
-        ValueError: a line is not a record; the message names the file, the line and the keys.
-    """
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        result: Record = json.loads(line)
-        if set(result) != set(Record.__annotations__):
-            raise ValueError(
-                f"{path}, line {number}: a record has the keys {', '.join(Record.__annotations__)}, "
-                f"got {', '.join(result)}."
-            )
-        yield result
+    """The records of a JSON Lines file."""
+    return iter(store.read(path))
 
 
 def read_existing(path: Path) -> Iterator[Record]:
     """The records of a JSON Lines file, none if it is not there."""
-    return read(path) if path.exists() else iter(())
-
-
-def settings_key(settings: Mapping[str, Any]) -> str:
-    """Settings as a text, the same before they went to a file and after."""
-    return json.dumps(settings, sort_keys=True)
+    return iter(store.read(path))
 
 
 def identity(record: Mapping[str, Any]) -> tuple[str, int, str]:
     """What tells a record, or the line of its curves, from others: method, seed and settings."""
     return record["method"], record["seed"], settings_key(record["settings"])
-
-
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    lines = [header, ("---",) * len(header), *rows]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
-
-
-def terminal_table(
-    header: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None, left: Sequence[str] = ("method",)
-) -> "Table":
-    """The same for a terminal, numbers flush right: all columns but those named in `left`."""
-    from rich import box  # noqa: PLC0415
-    from rich.table import Table  # noqa: PLC0415
-
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, title=title, title_justify="left", padding=(0, 1, 0, 0))
-    for name in header:
-        table.add_column(name, justify="left" if name in left else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    return table
 
 
 @dataclass(frozen=True)
@@ -181,29 +98,3 @@ def run_directory(options: Options) -> Path:
             )
     path.write_text(config, encoding="utf-8")
     return directory
-
-
-@cache
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide the numbers."""
-    packages = {name: version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")}
-    return {"python": platform.python_version(), "funcbilevel": fb.__version__} | packages
-
-
-@cache
-def machine() -> dict[str, str | int]:
-    """The kind of machine: system, processor, and the device that JAX computes on."""
-    return {
-        "platform": f"{platform.system()} {platform.machine()}",
-        "cpu": _cpu_model(),
-        "cpu_count": os.cpu_count() or 0,
-        "device": jax.devices()[0].device_kind,
-    }
-
-
-def _cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )

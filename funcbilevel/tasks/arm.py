@@ -27,8 +27,8 @@ import numpy as np
 import optax
 
 import funcbilevel as fb
-from funcbilevel.tasks._statistics import pareto_front
-from funcbilevel.tasks._training import cosine, finite, move, solver_of_step
+from funcbilevel.tasks._experiment.players import cosine, finite, move, solver_of_step
+from funcbilevel.tasks._experiment.statistics import pareto_front
 
 # The arm: two uniform rods in an inclined plane, a point mass at the end. q are the angles of the shoulder, from the
 # horizontal, and of the elbow, from the upper arm; [2] everywhere.

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from funcbilevel.tasks import _records, arm
-from funcbilevel.tasks._figures import STYLE
-from funcbilevel.tasks._statistics import mean_interval
+from funcbilevel.tasks._experiment.figures import STYLE
+from funcbilevel.tasks._experiment.statistics import mean_interval
 from funcbilevel.tasks.arm import Hyper, Setting
 
 if TYPE_CHECKING:

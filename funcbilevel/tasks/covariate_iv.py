@@ -33,7 +33,7 @@ from flax import linen
 
 import funcbilevel as fb
 from funcbilevel.tasks import _records, iv
-from funcbilevel.tasks._statistics import bootstrap_interval, paired_p_value
+from funcbilevel.tasks._experiment.statistics import bootstrap_interval, paired_p_value
 
 Array: TypeAlias = np.ndarray[Any, Any]
 

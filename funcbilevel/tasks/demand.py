@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from funcbilevel.tasks import _records, covariate_iv
-from funcbilevel.tasks._figures import STYLE, draw_boxes
+from funcbilevel.tasks._experiment.figures import STYLE, draw_boxes
 from funcbilevel.tasks.covariate_iv import COLOURS, Batch, Data, Result
 
 if TYPE_CHECKING:

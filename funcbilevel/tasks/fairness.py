@@ -52,8 +52,8 @@ import optax
 from flax import linen
 
 import funcbilevel as fb
-from funcbilevel.tasks._statistics import hypervolume, pareto_front
-from funcbilevel.tasks._training import finite, move, solver_of_step
+from funcbilevel.tasks._experiment.players import finite, move, solver_of_step
+from funcbilevel.tasks._experiment.statistics import hypervolume, pareto_front
 from funcbilevel.tasks.fairness_data import Batch, Dataset, Graph
 
 # What a group gets. `groups` are the numbers of one attribute's groups, `weight` picks the rows that count.

@@ -13,8 +13,8 @@ import numpy as np
 
 import funcbilevel as fb
 from funcbilevel.tasks import _records, fairness, fairness_data
-from funcbilevel.tasks._figures import STYLE
-from funcbilevel.tasks._statistics import Interval, hypervolume, mean_interval, pareto_front
+from funcbilevel.tasks._experiment.figures import STYLE
+from funcbilevel.tasks._experiment.statistics import Interval, hypervolume, mean_interval, pareto_front
 from funcbilevel.tasks.fairness import Hyper, Loss, Setting
 
 if TYPE_CHECKING:

@@ -36,7 +36,7 @@ import optax
 
 import funcbilevel as fb
 from funcbilevel.tasks import fairness_data
-from funcbilevel.tasks._training import cosine, stack
+from funcbilevel.tasks._experiment.players import cosine, stack
 
 Array: TypeAlias = np.ndarray[Any, Any]
 Params: TypeAlias = dict[str, jax.Array]

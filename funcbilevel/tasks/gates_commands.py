@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 
 from funcbilevel.tasks import _records, gates
-from funcbilevel.tasks._figures import STYLE
-from funcbilevel.tasks._statistics import Interval, bootstrap_interval, mean_interval, pareto_front
+from funcbilevel.tasks._experiment.figures import STYLE
+from funcbilevel.tasks._experiment.statistics import Interval, bootstrap_interval, mean_interval, pareto_front
 from funcbilevel.tasks.gates import Array, Hyper, Setting, Table
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ import numpy as np
 
 import funcbilevel as fb
 from funcbilevel.tasks import _records, dsprites, iv
-from funcbilevel.tasks._figures import STYLE, draw_boxes
-from funcbilevel.tasks._statistics import bootstrap_interval, paired_p_value
+from funcbilevel.tasks._experiment.figures import STYLE, draw_boxes
+from funcbilevel.tasks._experiment.statistics import bootstrap_interval, paired_p_value
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from funcbilevel.tasks import _records, rl, rl_cartpole, rl_pendulum
-from funcbilevel.tasks._figures import STYLE
+from funcbilevel.tasks._experiment.figures import STYLE
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from funcbilevel.tasks import _records, covariate_iv, schooling
-from funcbilevel.tasks._figures import draw_boxes
+from funcbilevel.tasks._experiment.figures import draw_boxes
 from funcbilevel.tasks.covariate_iv import COLOURS, Batch, Data, Result, Setting
 
 if TYPE_CHECKING:

@@ -22,8 +22,7 @@ References:
     Axiomatic Attribution Priors*, Nature Machine Intelligence 2021, https://arxiv.org/abs/1906.10670.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -32,7 +31,6 @@ import numpy as np
 import optax
 
 import funcbilevel as fb
-from funcbilevel.tasks._training import cosine, stack
 
 Array: TypeAlias = np.ndarray[Any, Any]
 Params: TypeAlias = dict[str, dict[str, Any]]
@@ -218,48 +216,7 @@ def auroc(score: jax.Array, positive: jax.Array) -> jax.Array:
     return jnp.sum(higher * pairs) / jnp.sum(pairs)
 
 
-# Methods.
-
-
-class Setting(NamedTuple):
-    """What decides the compiled program.
-
-    Attributes:
-        width: of both hidden layers.
-        batch_size: rows per step, drawn with replacement; both players see the same.
-        num_steps: of the leader; rates fall to zero by half a cosine over them.
-        inner_steps: the follower's steps per step of the leader.
-        solver_steps, damping: of conjugate gradients in `aid-cg`.
-    """
-
-    width: int = 8
-    batch_size: int = 32
-    num_steps: int = 400
-    inner_steps: int = 1
-    solver_steps: int = 3
-    damping: float = 1.0
-
-
-class Hyper(NamedTuple):
-    """What may differ between the cells of one program.
-
-    Attributes:
-        eta: weight of the attributions outside the known pathways.
-        rate: of Adam, for both players.
-        known_only: 1 if the network gets the known genes only, else 0.
-    """
-
-    eta: Any = 0.0
-    rate: Any = 0.01
-    known_only: Any = 0.0
-
-
-class Learner(NamedTuple):
-    """A way to train: `init(params) -> state`, `step(state, rows) -> (state, objective)`, `params(state)`."""
-
-    init: Callable[[Params], Any]
-    step: Callable[[Any, Rows], tuple[Any, jax.Array]]
-    params: Callable[[Any], Params]
+# The two players.
 
 
 def follower_objective(params: Params, rows: Rows, known: jax.Array, eta: Any) -> jax.Array:
@@ -273,159 +230,3 @@ def problem(merge: Callable[[Any, Any], Params], known: jax.Array, eta: Any) -> 
         inner_objective=lambda omega, theta, rows: follower_objective(merge(omega, theta), rows, known, eta),
         outer_objective=lambda omega, theta, rows: cross_entropy(merge(omega, theta), rows),
     )
-
-
-def _adam(rate: Any, num_steps: int) -> optax.GradientTransformation:
-    return optax.adam(lambda count: rate * cosine(count, num_steps), eps_root=1e-16)
-
-
-def _played(estimator: Callable[[Setting], fb.Estimator]) -> Callable[..., Learner]:
-    """The follower moves, then the leader, by the estimator's hypergradient."""
-
-    def learner(setting: Setting, shapes: Params, known: jax.Array, hyper: Hyper) -> Learner:
-        merge = fb.partition(shapes, is_followers).merge
-        solver = fb.bilevel(
-            problem(merge, known, hyper.eta),
-            None,
-            estimator(setting),
-            inner_optimizer=_adam(hyper.rate, setting.num_steps * setting.inner_steps),
-            outer_optimizer=_adam(hyper.rate, setting.num_steps),
-            inner_steps=setting.inner_steps,
-        )
-
-        def init(params: Params) -> fb.BilevelState:
-            leader, follower, _ = fb.partition(params, is_followers)
-            return solver.init(jax.random.key(0), leader, None, follower)
-
-        def step(state: fb.BilevelState, rows: Rows) -> tuple[fb.BilevelState, jax.Array]:
-            state, metrics = solver.step(state, rows, rows)
-            return state, metrics["outer_objective"]
-
-        return Learner(init, step, lambda state: merge(state.outer_params, state.inner_params))
-
-    return learner
-
-
-def _lagrangian(setting: Setting, shapes: Params, known: jax.Array, hyper: Hyper) -> Learner:
-    """The follower's objective for all layers."""
-    del shapes
-    optimizer = _adam(hyper.rate, setting.num_steps)
-
-    def step(state: tuple[Params, Any], rows: Rows) -> tuple[Any, jax.Array]:
-        params, opt_state = state
-        value, gradient = jax.value_and_grad(follower_objective)(params, rows, known, hyper.eta)
-        updates, opt_state = optimizer.update(gradient, opt_state, params)
-        return (optax.apply_updates(params, updates), opt_state), value
-
-    return Learner(lambda params: (params, optimizer.init(params)), step, lambda state: state[0])
-
-
-METHODS: dict[str, Callable[[Setting, Params, jax.Array, Hyper], Learner]] = {
-    "aid-cg": _played(lambda setting: fb.aid(fb.cg(setting.solver_steps, setting.damping))),
-    "itd": _played(lambda setting: fb.itd(setting.inner_steps)),
-    "alternating": _played(lambda setting: fb.alternating()),
-    "lagrangian": _lagrangian,
-}
-
-
-# Training: all hyper-parameter settings (cells) from all seeds at once.
-
-
-@cache
-def program(method: str, setting: Setting, num_genes: int) -> tuple[Callable[..., Any], ...]:
-    """(init, advance, params) of a method, compiled, over seeds and cells.
-
-    Raises:
-        ValueError: there is no such method.
-    """
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}.")
-    shapes = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, initial_network(num_genes, setting.width, 0)))
-
-    def learner(hyper: Hyper, known: jax.Array) -> Learner:
-        return METHODS[method](setting, shapes, known, hyper)
-
-    def init(hyper: Hyper, params: Params, known: jax.Array) -> Any:
-        return learner(hyper, known).init(params)
-
-    def advance(state: Any, hyper: Hyper, rows: Rows, drawn: jax.Array, known: jax.Array) -> tuple[Any, jax.Array]:
-        x = rows.x * jnp.where(hyper.known_only > 0, known, 1.0)[None]
-        step = learner(hyper, known).step
-        return jax.lax.scan(lambda state, chosen: step(state, Rows(x[chosen], rows.y[chosen])), state, drawn)
-
-    def params(state: Any, hyper: Hyper, known: jax.Array) -> Params:
-        return learner(hyper, known).params(state)
-
-    def over(function: Callable[..., Any], in_cells: tuple[int | None, ...]) -> Any:
-        return jax.jit(jax.vmap(jax.vmap(function, in_axes=in_cells)))
-
-    return over(init, (0, None, None)), over(advance, (0, 0, None, None, None)), over(params, (0, 0, None))
-
-
-@jax.jit
-def measure(params: Params, hyper: Hyper, data: tuple[Rows, ...], known: jax.Array, true: jax.Array) -> Any:
-    """Metrics of networks [seeds, cells] on (validation, test, corrected), rows [seeds, n]; genes [seeds, genes].
-
-    `accuracy`, `known_share` and `true_share` of the attributions, `auroc` of finding the driving pathways' genes by
-    their attributions' mass: on the test part, with `validation_` before it on the validation part; and
-    `corrected_accuracy`.
-    """
-
-    def of_network(params: Params, hyper: Hyper, data: tuple[Rows, ...], known: jax.Array, true: jax.Array) -> Any:
-        seen = jnp.where(hyper.known_only > 0, known, 1.0)[None]
-        validation, test, corrected = (rows._replace(x=rows.x * seen) for rows in data)
-
-        def accuracy(rows: Rows) -> jax.Array:
-            return jnp.mean((logits(params, rows.x) > 0) == (rows.y > 0.5))
-
-        return {
-            "accuracy": accuracy(test),
-            "corrected_accuracy": accuracy(corrected),
-            "known_share": share_inside(params, test.x, known),
-            "true_share": share_inside(params, test.x, true),
-            "auroc": auroc(jnp.mean(jnp.abs(attributions(params, test.x)), axis=0), true),
-            "validation_accuracy": accuracy(validation),
-            "validation_known_share": share_inside(params, validation.x, known),
-        }
-
-    return jax.vmap(jax.vmap(of_network, in_axes=(0, 0, None, None, None)))(params, hyper, data, known, true)
-
-
-def sweep(
-    method: str,
-    setting: Setting,
-    data: Sequence[Expression],
-    hypers: Sequence[Hyper],
-    seeds: Sequence[int],
-    callback: Callable[[Any, Mapping[str, Any]], None] | None = None,
-    chunk: int = 100,
-) -> dict[str, Array]:
-    """Trains every setting on every seed's data, and measures: metric -> [seeds, cells].
-
-    Args:
-        method: a name of `METHODS`.
-        setting: shared by all.
-        data: one per seed.
-        hypers: the settings.
-        seeds: of the initial networks and of the batches.
-        callback: as that of `fb.train`, called after every chunk of steps.
-        chunk: steps between two calls.
-    """
-    num_genes = data[0].train.x.shape[1]
-    init, advance, params = program(method, setting, num_genes)
-    hyper = jax.tree.map(lambda *values: np.tile(np.array(values, np.float32), (len(seeds), 1)), *hypers)
-    known, true = (np.stack(genes).astype(np.float32) for genes in zip(*((d.known, d.true) for d in data), strict=True))
-    drawn = np.stack([draws(setting, len(data[0].train.y), seed) for seed in seeds])
-    rows = stack([d.train for d in data])
-    states = init(hyper, stack([initial_network(num_genes, setting.width, seed) for seed in seeds]), known)
-    for start in range(0, setting.num_steps, chunk):
-        states, values = advance(states, hyper, rows, drawn[:, start : start + chunk], known)
-        if callback is not None:
-            callback(states, {"outer_objective": np.mean(values, axis=(0, 1))})
-    parts = tuple(stack(list(part)) for part in zip(*((d.validation, d.test, d.corrected) for d in data), strict=True))
-    return jax.device_get(measure(params(states, hyper, known), hyper, parts, known, true))
-
-
-def draws(setting: Setting, num_rows: int, seed: int) -> Array:
-    """The rows of every step, [steps, b], the same for every method and hyper-parameter setting."""
-    return np.random.default_rng(seed).integers(num_rows, size=(setting.num_steps, setting.batch_size), dtype=np.int32)

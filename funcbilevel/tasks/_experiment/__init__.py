@@ -1,0 +1,1 @@
+"""What all experiments share: options, the store of finished runs, the grid, selection, tables, figures."""
