@@ -272,8 +272,7 @@ def _fault_message(history: History, fault: tuple[int, ...], state: BilevelState
     def at_fault(x: Any) -> Any:
         return x[(step - start, *(seed if x.shape[1 : 1 + len(seed)] == state.step.shape else ()))]
 
-    is_sampler = isinstance(source, jax.tree_util.Partial)
-    pair = jax.eval_shape(_sampled, source, state) if is_sampler else jax.tree.map(at_fault, source)
+    pair = () if isinstance(source, jax.tree_util.Partial) else jax.tree.map(at_fault, source)
     faulty = {level: faulty_leaf(f"{level}_batch", batch) for level, batch in zip(("inner", "outer"), pair)}
     first_step = int(np.max(state.step)) - history.length
     known = {level: leaf for level, leaf in faulty.items() if leaf is not None}

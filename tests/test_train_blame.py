@@ -49,7 +49,6 @@ BROKEN: dict[str, tuple[tuple[float, float, Any, float, Any], str, str]] = {
     "omega": ((0.1, 0.1, outer, np.nan, (BATCH, BATCH)), "outer", "NaN or inf before the run's first step; start from"),
     "infinite omega": ((0.1, 0.1, outer, np.inf, (BATCH, BATCH)), "outer", "before the run's first step; start from"),
     "outer objective": ((0.1, 0.1, infinite, 0.5, (BATCH, BATCH)), "outer", "look for overflow, log or"),
-    "empty inner batch": ((0.1, 0.1, outer, 0.5, ((X[:0], Y[:0]), BATCH)), "inner", r"inner_batch\[0\] is empty"),
     "NaN in the inner batch": ((0.1, 0.1, outer, 0.5, ((NAN, Y), BATCH)), "inner", r"inner_batch\[0\] holds NaN"),
 }
 
@@ -79,16 +78,6 @@ def test_the_first_cause_is_blamed(name: str, estimator: str) -> None:
     _, level, hint = BROKEN[name]
     with pytest.raises(fb.NonFiniteError, match=f"in the {level} level at outer step .* To mend: .*{hint}"):
         train(name, estimator)
-
-
-def test_an_empty_batch_of_a_sampler_is_named() -> None:
-    problem = fb.FunctionalProblem(inner, outer)
-    solver = fb.bilevel(
-        problem, MODEL, ESTIMATORS["linear"], inner_optimizer=optax.sgd(0.1), outer_optimizer=optax.sgd(0.1)
-    )
-    state = solver.init(jax.random.key(0), 0.5, BATCH)
-    with pytest.raises(fb.NonFiniteError, match=r"inner_batch\[0\] is empty"):
-        fb.train(solver, state, lambda key, step: ((jnp.zeros((0, 3)), jnp.zeros(0)), BATCH), 2, progress=False)
 
 
 def test_the_message_of_one_run_does_not_hide_its_metrics() -> None:
