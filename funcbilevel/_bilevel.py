@@ -29,6 +29,7 @@ from funcbilevel._check import (
     problem_inputs,
     warn_of_assumptions,
 )
+from funcbilevel._data import Form, batch_form
 from funcbilevel._described import describe, described, fields_that_differ
 from funcbilevel._draws import Minibatches, Sampler, check_draws, draw
 from funcbilevel._estimator import Estimator, Hypergradient, InnerSolution, InnerSolve
@@ -144,6 +145,8 @@ class BilevelState(NamedTuple):
         estimator_state: the estimator's warm start.
         key: the random key of the next step.
         outer_model_state: the outer model's non-trainable state.
+        batch_form: what the inner batch that `init` saw looked like, by which `train` tells batches that are not the
+            solver's; static: the keys of a dict without leaves. Empty: not known.
     """
 
     step: jax.Array
@@ -155,6 +158,7 @@ class BilevelState(NamedTuple):
     estimator_state: PyTree
     key: Key
     outer_model_state: ModelState = ()
+    batch_form: Form = ()
 
     def __repr__(self) -> str:
         return fields_that_differ(self)
@@ -345,6 +349,7 @@ def bilevel(
             estimator_state=estimator.init(estimator_key, problem, model, inner, batch),
             key=key,
             outer_model_state=outer_model_state,
+            batch_form=batch_form(batch),
         )
         return jax.tree.map(_own, state)
 
@@ -428,6 +433,7 @@ def bilevel(
             estimator_state=estimator_state,
             key=key,
             outer_model_state=outer_model_state,
+            batch_form=state.batch_form,
         )
         return new_state, metrics
 

@@ -1375,8 +1375,8 @@ def test_train_names_the_step_and_the_level(level: str) -> None:
     state, metrics = caught.value.state, caught.value.metrics
     assert isinstance(caught.value, FloatingPointError)
     assert state.step == 8  # the end of the chunk
-    assert not metrics[f"{level}_finite"][1]
-    assert all(isinstance(values, np.ndarray) and len(values) == 4 for values in metrics.values())
+    assert not metrics[f"{level}_finite"][5]
+    assert all(isinstance(values, np.ndarray) and len(values) == 8 for values in metrics.values())
     chex.assert_tree_all_finite(state.outer_params)
     resumed, _ = fb.train(solver, state, data, 4, progress=False)  # and so the error's state can go on
     assert resumed.step == 12
