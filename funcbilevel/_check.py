@@ -215,8 +215,7 @@ def _dependences(
         raise
     if isinstance(problem, FunctionalProblem):
         objective = _objective(problem, level)
-        message = broadcasts_samples(lambda u: objective(outer_params, u, batch), u, jaxpr)
-        if message:
+        if message := broadcasts_samples(lambda u, batch: objective(outer_params, u, batch), u, batch, jaxpr):
             _warn(told, f"{function}: {level}_objective {message}")
     return name, depends
 
@@ -240,10 +239,10 @@ def _explain(
             return jnp.asarray(output[0] if problem.has_aux else output)
 
         try:
-            value = jax.eval_shape(value, outer_params, u)
+            got = jax.eval_shape(value, outer_params, u)
         except Exception:
             return None
-        return value.shape if jnp.issubdtype(value.dtype, jnp.floating) else None
+        return got.shape if jnp.issubdtype(got.dtype, jnp.floating) else None
 
     right = (0, 1, 2)
     names = ("outer_params", "inner_params" if isinstance(problem, ParametricProblem) else "prediction", "batch")

@@ -73,6 +73,13 @@ PAIRED: dict[str, tuple[Any, ...]] = {
     "jitted": (jax.jit(mse), column, Y, fitting, "(6, 6)"),
     "in a loop": (in_a_loop, column, Y, fitting, "(6, 6)"),
     "weights": (lambda w, v, b: jnp.mean(w * b[1] * (v - 1.0) ** 2), column, Y, fitting, "(6, 6)"),
+    "weights beside targets": (
+        lambda w, v, b: jnp.mean(b[1]["w"] * (v - w * b[1]["y"]) ** 2),
+        column,
+        {"w": Y, "y": Y[:, None]},
+        fitting,
+        "(6, 6)",
+    ),
     "several leaves": (nll, lambda theta, x: {"mean": x @ theta, "log": x @ theta}, Y, fitting, "['log']"),
     "one of several leaves": (
         lambda w, v, b: jnp.mean((v["f"][0] - w * b[1]) ** 2) + jnp.sum(v["g"]),
