@@ -253,7 +253,7 @@ def _explain(
         if shape(order) == ():
             as_written = ", ".join(names[i] for i in order)
             what = "fails" if given is None else f"returns shape {given}, not a scalar,"
-            raise type(error)(
+            raise ValueError(
                 f"{function}: {level}_objective {what} when called as ({', '.join(names)}), but returns a scalar when "
                 f"called as ({as_written}): its arguments seem to be swapped; put them in the first order. If they are "
                 f"not, reduce the value, for example with jnp.mean. ({_first_line(error)})"

@@ -119,10 +119,7 @@ REPRS: dict[str, Any] = {
     inner_params=float32[3, 1],
     model_state=(),
     inner_opt_state=(EmptyState(), EmptyState()),
-    outer_opt_state=(
-        ScaleByAdamState(count=int32[], mu=float32[], nu=float32[]),
-        EmptyState(),
-    ),
+    outer_opt_state=(ScaleByAdamState(count=int32[], mu=float32[], nu=float32[]), EmptyState()),
     estimator_state=float32[3, 1],
     key=key<fry>[],
 )""": solver(fb.aid(fb.cg(3))).init(KEY, 1.0, BATCH),
