@@ -236,7 +236,9 @@ def _explain(
         def value(omega: OuterParams, u: PyTree) -> Any:
             arguments = (omega, u, batch)
             output = objective(*(arguments[i] for i in order))
-            return jnp.asarray(output[0] if problem.has_aux else output)
+            if problem.has_aux:
+                output = output[0] if isinstance(output, tuple) else None
+            return jnp.asarray(output)
 
         try:
             got = jax.eval_shape(value, outer_params, u)
