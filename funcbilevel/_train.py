@@ -99,9 +99,10 @@ def train(
     if on_nonfinite not in ("raise", "continue"):
         raise ValueError(f'train: on_nonfinite must be "raise" or "continue", got {on_nonfinite!r}.')
     if callback is not None:
-        check_callable("train", "callback", callback)
+        check_callable("train", "callback", callback, "state, metrics")
     chunk = min(chunk, num_outer_steps)
     if callable(data):
+        check_callable("train", "data", data, "key, step")
         run_chunk = _compiled(_sampled_chunk, solver, chunk)
         # As a method, which Python compares by its object's identity, whatever == means for that object.
         sampler = data if isinstance(data, jax.tree_util.Partial) else jax.tree_util.Partial(MethodType(_call, data))

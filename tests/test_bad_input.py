@@ -1172,6 +1172,21 @@ CALLS: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = {
         ValueError,
         ("all batches of data", r"\(2, 3\)", "the same structure and shapes", "drop or pad the last"),
     ),
+    "train: callback of one argument": (
+        lambda: train(callback=lambda metrics: None),
+        TypeError,
+        (r"train: callback must take 2 arguments \(state, metrics\)", r"got <lambda>\(metrics\)"),
+    ),
+    "train: callback of three arguments": (
+        lambda: train(callback=lambda step, state, metrics: None),
+        TypeError,
+        (r"train: callback must take 2 arguments \(state, metrics\)", r"got <lambda>\(step, state, metrics\)"),
+    ),
+    "train: sampler of the key alone": (
+        lambda: train(lambda key: (BATCH, BATCH)),
+        TypeError,
+        (r"train: data must take 2 arguments \(key, step\)", r"got <lambda>\(key\)"),
+    ),
     "train: callback": (
         lambda: train(callback="print"),
         TypeError,
