@@ -20,6 +20,7 @@ from funcbilevel._check import (
     check_uses_parameters,
     initial,
     problem_inputs,
+    shapes_key,
 )
 from funcbilevel._described import describe, described, fields_that_differ
 from funcbilevel._estimator import Estimator, Hypergradient, InnerSolution, InnerSolve
@@ -101,7 +102,7 @@ def hypergradient(
     if state is None:
         state = estimator.init(init_key, problem, model, start, inner_batch)
     else:
-        check_estimator_state(name, "state", estimator, problem, model, start, inner_batch, state)
+        check_estimator_state(name, "state", estimator, problem, model, start, inner_batch, state, {})
     solve = _inner_solve(problem, model, inner_optimizer, estimator.unroll, start, inner_batch, inner_key)
     _, result = estimator.estimate(problem, model, solve, outer_params, inner_batch, outer_batch, state, estimator_key)
     chex.assert_trees_all_equal_shapes_and_dtypes(result.gradient, outer_params)  # the estimator's side of the protocol
@@ -242,6 +243,7 @@ def bilevel(
         check_outer_model(name, outer_model, problem)
     called_on = check_outer_inputs(name, outer_inputs)
     told: set[str] = set()
+    known: dict[str, PyTree] = {}
 
     def seen(
         outer_params: OuterParams, outer_model_state: ModelState, inner_batch: Batch, key: Key
@@ -268,6 +270,7 @@ def bilevel(
         outer_params = as_float_tree("init", "outer_params", outer_params)
         objectives_get = jax.eval_shape(lambda: seen(outer_params, outer_model_state, inner_batch, key)[0])
         model_state: ModelState = ()
+        given = inner_params is not None
         if isinstance(problem, FunctionalProblem):
             assert model is not None
             inputs = problem_inputs("init", problem, inner_batch, "inner_batch")
@@ -279,11 +282,14 @@ def bilevel(
                 "inner_params=<the starting point of the inner level>."
             )
         theta: InnerParams = as_float_tree("init", "inner_params", inner_params)
-        check_parameters("init", problem, model, theta, model_state, inner_batch)
+        if given:
+            check_parameters("init", problem, model, theta, model_state, inner_batch)
         if isinstance(problem, FunctionalProblem) or inner_batch is not None:
             check_inner("init", problem, model, objectives_get, theta, model_state, inner_batch, told)
         check_uses_parameters("init", problem, model, theta, model_state, inner_batch)
         inner = FitState(theta, inner_optimizer.init(theta), model_state)
+        estimator_state = estimator.init(estimator_key, problem, model, inner, inner_batch)
+        known[shapes_key(inner, inner_batch)] = jax.eval_shape(lambda: estimator_state)
         state = BilevelState(
             step=jnp.zeros((), jnp.int32),
             outer_params=outer_params,
@@ -291,7 +297,7 @@ def bilevel(
             model_state=model_state,
             inner_opt_state=inner.opt_state,
             outer_opt_state=outer_optimizer.init(outer_params),
-            estimator_state=estimator.init(estimator_key, problem, model, inner, inner_batch),
+            estimator_state=estimator_state,
             key=key,
             outer_model_state=outer_model_state,
         )
@@ -305,7 +311,9 @@ def bilevel(
         lower = (state.inner_params, state.model_state)
         check_objectives("step", problem, model, estimator, f, *lower, inner_batch, outer_batch, told)
         warm_start = state.estimator_state
-        check_estimator_state("step", "estimator_state", estimator, problem, model, before, inner_batch, warm_start)
+        check_estimator_state(
+            "step", "estimator_state", estimator, problem, model, before, inner_batch, warm_start, known
+        )
 
         solve = _inner_solve(
             problem, model, inner_optimizer, estimator.unroll, before, inner_batch, inner_key, inner_steps, f

@@ -378,11 +378,19 @@ def check_estimator_state(
     inner: FitState,
     inner_batch: Batch,
     state: PyTree,
+    known: dict[str, PyTree],
 ) -> None:
-    """That a warm start is one of this estimator."""
-    expected = jax.eval_shape(lambda: estimator.init(jax.random.key(0), problem, model, inner, inner_batch))
+    """That a warm start is one of this estimator; `known` spares the tracing of its `init` after the first time."""
+    key = shapes_key(inner, inner_batch)
+    if key not in known:
+        known[key] = jax.eval_shape(lambda: estimator.init(jax.random.key(0), problem, model, inner, inner_batch))
     mend = f"pass what this estimator, {estimator!r}, gave on the same problem, or start afresh."
-    check_shapes(function, argument, state, expected, mend)
+    check_shapes(function, argument, state, known[key], mend)
+
+
+def shapes_key(inner: FitState, inner_batch: Batch) -> str:
+    """On what the shape of an estimator's state depends."""
+    return str(jax.tree.map(np.shape, (inner.params, inner.model_state, inner_batch)))
 
 
 def _rows(inputs: Inputs) -> set[int]:
