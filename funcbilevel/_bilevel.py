@@ -65,6 +65,10 @@ def hypergradient(
     Raises:
         ValueError, TypeError: at trace time, naming the argument, what was got and what was expected.
 
+    Warns:
+        UserWarning: at trace time: a hypergradient, or its implicit part, that is zero whatever the numbers are; an
+            objective in which a prediction [n, 1] meets an array [n], so that all pairs of samples are compared.
+
     Example: the derivative of a ridge regression's validation loss by its log-penalty.
         >>> import jax, jax.numpy as jnp, funcbilevel as fb
         >>> x, y = jnp.eye(3), jnp.arange(3.0)
@@ -210,6 +214,9 @@ def bilevel(
 
     Raises:
         ValueError, TypeError: here or, where shapes decide, when `init` or `step` is traced; each names the argument.
+
+    Warns:
+        UserWarning: as `hypergradient`, once, when `init` or `step` is traced.
 
     Example:
         >>> import jax, optax, jax.numpy as jnp, funcbilevel as fb

@@ -772,6 +772,13 @@ def linen_init(**kwargs: Any) -> Any:
     return jax.eval_shape(lambda: fb.from_linen(linen.Dense(1), **kwargs).init(KEY, X))
 
 
+def without_batch_stats() -> Any:
+    normalised = fb.from_linen(linen.BatchNorm())
+    scalar = problem(lambda omega, v, batch: jnp.mean((v - omega) ** 2), lambda omega, v, batch: jnp.mean(v**2))
+    changes = {"model": normalised, "problem": scalar, "inner_params": {"scale": jnp.ones(3), "bias": jnp.ones(3)}}
+    return hypergradient(changes)
+
+
 def step_with_state_of(estimator: fb.Estimator, other: fb.Estimator) -> Any:
     def trace() -> Any:
         state = bilevel(problem(), model(), other).init(KEY, 1.0, BATCH)
@@ -1095,6 +1102,11 @@ CALLS: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = {
         TypeError,
         ("from_nnx: trainable must return a bool", "got 1 for '(bias|kernel)'"),
     ),
+    "hypergradient: batch statistics missing": (
+        lambda: without_batch_stats(),
+        ValueError,
+        ("hypergradient: model_state must be like {'batch_stats'", r"got \(\)", "pass what model.init"),
+    ),
     "step: state of another estimator": (
         lambda: step_with_state_of(fb.aid(fb.cg(2)), POINTWISE),
         ValueError,
@@ -1204,6 +1216,59 @@ CALLS: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = {
 def test_bad_calls_are_refused(name: str) -> None:
     misuse, error, patterns = CALLS[name]
     refuse(misuse, error, *patterns)
+
+
+def test_the_check_of_an_estimator_state_does_not_trace_its_init_again() -> None:
+    count = 0
+    base = fb.aid(fb.cg(2))
+
+    def counted(*args: Any) -> Any:
+        nonlocal count
+        count += 1
+        return base.init(*args)
+
+    solver = bilevel(problem(), model(), base._replace(init=counted))
+    state = jax.eval_shape(lambda: solver.init(KEY, 1.0, BATCH))
+    for _ in range(2):
+        jax.eval_shape(lambda state: solver.step(state, BATCH, BATCH), state)
+    assert count == 1
+
+
+def not_as_it_says(function: Callable[[Any], Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def wrapper(omega: Any, v: Any, batch: Any) -> Any:
+        return function(v)
+
+    return wrapper
+
+
+class Objective:
+    def __call__(self, omega: Any, v: Any, batch: Any = None) -> Any:
+        return jnp.mean((v - omega) ** 2)
+
+    def method(self, omega: Any, v: Any, batch: Any, *, scale: float = 1.0) -> Any:
+        return scale * self(omega, v)
+
+
+CALLABLES: dict[str, Any] = {
+    "function": inner_objective,
+    "variable arguments": lambda *args: inner_objective(*args),
+    "defaults": lambda omega, v, batch, scale=1.0: inner_objective(omega, v, batch),
+    "partial": functools.partial(lambda scale, omega, v, batch: inner_objective(omega, v, batch), 1.0),
+    "partial of JAX": jax.tree_util.Partial(lambda scale, *args: inner_objective(*args), 1.0),
+    "callable object": Objective(),
+    "method": Objective().method,
+    "jitted": jax.jit(inner_objective),
+    "rematerialised": jax.checkpoint(inner_objective),
+    "custom derivative": jax.custom_jvp(inner_objective),
+    "wrapped around less": not_as_it_says(lambda v: jnp.mean(v**2)),
+    "no signature": max,
+}
+
+
+@pytest.mark.parametrize("name", CALLABLES)
+def test_what_can_be_called_is_taken(name: str) -> None:
+    problem(CALLABLES[name], CALLABLES[name])
 
 
 def test_objectives_are_not_refused_for_what_they_do_use() -> None:
