@@ -1103,7 +1103,7 @@ CALLS: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = {
         ("from_nnx: trainable must return a bool", "got 1 for '(bias|kernel)'"),
     ),
     "hypergradient: batch statistics missing": (
-        lambda: without_batch_stats(),
+        without_batch_stats,
         ValueError,
         ("hypergradient: model_state must be like {'batch_stats'", r"got \(\)", "pass what model.init"),
     ),
@@ -1252,7 +1252,7 @@ class Objective:
 
 CALLABLES: dict[str, Any] = {
     "function": inner_objective,
-    "variable arguments": lambda *args: inner_objective(*args),
+    "variable arguments": lambda *args: 2.0 * inner_objective(*args),
     "defaults": lambda omega, v, batch, scale=1.0: inner_objective(omega, v, batch),
     "partial": functools.partial(lambda scale, omega, v, batch: inner_objective(omega, v, batch), 1.0),
     "partial of JAX": jax.tree_util.Partial(lambda scale, *args: inner_objective(*args), 1.0),
