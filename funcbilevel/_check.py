@@ -261,10 +261,10 @@ def _explain(
                 f"not, reduce the value, for example with jnp.mean. ({_first_line(error)})"
             ) from error
     if given is None:
-        check_lengths(function, problem, batch, level, error)
+        _check_lengths(function, batch, level, error)
 
 
-def check_lengths(function: str, problem: Problem, batch: Batch, level: str, error: Exception) -> None:
+def _check_lengths(function: str, batch: Batch, level: str, error: Exception) -> None:
     """Raises if leaves of a batch on which something failed differ in their leading axis."""
     leaves = jax.tree_util.tree_flatten_with_path(batch)[0]
     sizes = {f"{level}_batch{at_path(path)}": np.shape(x)[0] for path, x in leaves if np.ndim(x) > 0}
