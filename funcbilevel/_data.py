@@ -13,7 +13,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from funcbilevel._arguments import check_like
+from funcbilevel._arguments import check_callable, check_like
 from funcbilevel._draws import Minibatches, Sampler
 from funcbilevel._typing import Batch, Key, PyTree
 
@@ -31,6 +31,7 @@ _REPEAT = "for one pair at every step pass itertools.repeat((inner_batch, outer_
 def read_data(data: Any) -> tuple[jax.tree_util.Partial | None, Iterator[Any] | None]:
     """The sampler as a pytree of its arrays, or the iterator: one of the two."""
     if callable(data):
+        check_callable("train", "data", data, "key, step")
         # As a method, which Python compares by its object's identity, whatever == means for that object.
         is_partial = isinstance(data, jax.tree_util.Partial)
         return data if is_partial else jax.tree_util.Partial(MethodType(_call, data)), None

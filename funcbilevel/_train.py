@@ -17,6 +17,7 @@ import numpy as np
 
 from funcbilevel._arguments import check_callable, check_number
 from funcbilevel._bilevel import BilevelSolver, BilevelState
+from funcbilevel._check import warn_of_run
 from funcbilevel._data import (
     DataFunction,
     Pair,
@@ -144,7 +145,7 @@ def train(
     if on_nonfinite not in ("raise", "continue"):
         raise ValueError(f'train: on_nonfinite must be "raise" or "continue", got {on_nonfinite!r}.')
     if callback is not None:
-        check_callable("train", "callback", callback)
+        check_callable("train", "callback", callback, "state, metrics")
     chunk = min(chunk, num_outer_steps)
     sampler, batches = read_data(data)
     if batches is not None and not state.batch_form:
@@ -194,7 +195,9 @@ def train(
     except BaseException as error:
         _hand_over(error, state, history)
         raise
-    return state, history.arrays()
+    all_metrics = history.arrays()
+    warn_of_run("train", all_metrics)
+    return state, all_metrics
 
 
 def _ended(done: int, num_outer_steps: int, data: Any) -> str:

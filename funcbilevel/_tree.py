@@ -108,7 +108,7 @@ METRICS = (
     *("inner_objective", "outer_objective", "hypergradient_norm", "explicit_norm", "implicit_norm"),
     *("inner_finite", "adjoint_finite", "outer_finite", "inner_gradient_norm", "inner_gradient_relative"),
     *("linear_residual", "linear_converged", "linear_curvature"),
-    *("adjoint_objective", "adjoint_inputs_match", "penalty_objective"),
+    *("adjoint_objective", "adjoint_inputs_match", "adjoint_inconsistent", "penalty_objective"),
 )
 
 
