@@ -496,13 +496,17 @@ def warn_of_assumptions(function: str, metrics: dict[str, Any]) -> None:
 
 
 def warn_of_run(function: str, metrics: dict[str, Any]) -> None:
-    """The same for a whole run, of which metrics have a leading axis: small batches leave a noise in the gradient."""
+    """The same for a whole run, of which metrics have a leading axis.
+
+    Of its last tenth, and of thirty steps at least: at first no inner level has converged. Less strict, because small
+    batches leave a noise in the gradient.
+    """
     relative = metrics.get("inner_gradient_relative")
-    if relative is not None:
-        late = float(np.median(relative[-max(1, len(relative) // 10) :]))
+    if relative is not None and len(relative) >= 30:
+        late = float(np.median(relative[-(len(relative) // 10) :]))
         if late > 0.05:
             warnings.warn(
-                f"{function}: the inner solution is not a stationary point of the inner objective: over the last tenth of "
+                f"{function}: the inner solution is not a stationary point of the inner objective: in the last tenth of "
                 f"the run its gradient is {late:.2g} times the size of its terms (inner_gradient_relative), and the "
                 f"estimator takes it for zero. (With small batches it is never zero.) {NOT_STATIONARY}",
                 stacklevel=3,

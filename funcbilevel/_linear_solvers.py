@@ -31,10 +31,10 @@ class LinearSolver(NamedTuple):
     """An approximate solver of A u = b for a symmetric A.
 
     Attributes:
-        solve: `(matvec, rhs, initial) -> solution`; all but `matvec` (A as a function) are pytrees of the structure of
-            inner_params, or `initial` is None: a start at zero, where A need not be applied. Their leaves have one
-            dtype, the widest of those of inner_params and float32 at least, and `rhs` is scaled to a size near one, so
-            that no inner product under- or overflows.
+        solve: `(matvec, rhs, initial) -> solution`; all but `matvec` (A as a function) are pytrees like inner_params
+            (None in place of leaves that the inner objective does not see), or `initial` is None: a start at zero,
+            where A need not be applied. Their leaves have one dtype, the widest of those of inner_params and float32
+            at least, and `rhs` is scaled to a size near one, so that no inner product under- or overflows.
         damping: delta >= 0, added to the diagonal before `solve` sees the matrix.
         description: the call that made it, for `repr`.
     """

@@ -196,6 +196,7 @@ def test_the_hessian_is_of_the_trained_part_alone(name: str, x64: None) -> None:
     assert (trained, frozen) == {"linen head": (12, 30), "nnx LoRA": (16, 42)}[name]
 
 
+@pytest.mark.filterwarnings("ignore:hypergradient. the inner solution is not a stationary point")
 def test_a_linear_adjoint_takes_features_that_share_parameters_and_state(x64: None) -> None:
     case, (inner_batch, outer_batch) = CASES["linen head"], batches()
     model = case.partial()
@@ -215,6 +216,7 @@ def test_a_linear_adjoint_takes_features_that_share_parameters_and_state(x64: No
         chex.assert_trees_all_close(gradient(features), by_hand, rtol=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:hypergradient. the inner solution is not a stationary point")
 def test_a_learned_adjoint_stands_on_the_frozen_part_of_the_prediction_model(x64: None) -> None:
     """Not on one that its own key draws; and it does not carry that part."""
     (inner_batch, outer_batch), case = batches(), CASES["linen head"]

@@ -96,12 +96,12 @@ def aid(linear_solver: LinearSolver | lineax.AbstractLinearSolver[Any], warm_sta
         (seen,), _ = dependence(lambda theta: inner_value(problem, outer_params, theta, inner_batch)[0], theta)
         warn_of_ignored("aid", seen)
 
-        def part(tree: PyTree) -> list[jax.Array]:  # the leaves that are in the system
-            return [x for x, s in zip(jax.tree.leaves(tree), jax.tree.leaves(seen)) if s]
+        def part(tree: PyTree) -> PyTree:  # the leaves that are in the system, None for the others
+            return jax.tree.map(lambda x, s: x if s else None, tree, seen)
 
-        def whole(leaves: list[jax.Array]) -> PyTree:
-            rest = iter(leaves)
-            return jax.tree.map(lambda x, s: next(rest) if s else jnp.zeros_like(x), theta, seen)
+        def whole(part: PyTree) -> PyTree:
+            leaves = iter(jax.tree.leaves(part))
+            return jax.tree.map(lambda x, s: next(leaves) if s else jnp.zeros_like(x), theta, seen)
 
         initial = part(state) if warm_start else None
         solution, metrics, product = solve_linear(
