@@ -506,8 +506,8 @@ def warn_of_run(function: str, metrics: dict[str, Any]) -> None:
         late = float(np.median(relative[-(len(relative) // 10) :]))
         if late > 0.05:
             warnings.warn(
-                f"{function}: the inner solution is not a stationary point of the inner objective: in the last tenth of "
-                f"the run its gradient is {late:.2g} times the size of its terms (inner_gradient_relative), and the "
+                f"{function}: the inner solution is not a stationary point of the inner objective: in the last tenth "
+                f"of the run its gradient is {late:.2g} times the size of its terms (inner_gradient_relative), and the "
                 f"estimator takes it for zero. (With small batches it is never zero.) {NOT_STATIONARY}",
                 stacklevel=3,
             )

@@ -338,7 +338,7 @@ class CGState(NamedTuple):
         r: its residual b - A u.
         p: the next direction.
         rr: <r, r>.
-        best, best_rr: the solution of the smallest residual so far, zero at first, and that residual's <r, r>.
+        best, best_rr: the solution of the smallest residual so far, zero included, and that residual's <r, r>.
         largest: the largest curvature <p, A p> / <p, p> along a direction so far.
         positive: whether the last direction's was positive; if not, its step was not made.
     """
@@ -373,10 +373,11 @@ def conjugate_gradients(
         least = tol**2 * tree_vdot(b, b)
         zero = jax.tree.map(jnp.zeros_like, b)
         u, r, rr = zero, b, tree_vdot(b, b)
-        best_rr = rr
+        best, best_rr = u, rr
         if initial is not None:
             u, r = initial, tree_add_scaled(b, -1.0, matvec(initial))
             rr = tree_vdot(r, r)
+            best, best_rr = tree_where(rr < best_rr, (u, rr), (best, best_rr))
 
         def running(state: CGState) -> jax.Array:
             return (state.steps < num_steps) & (state.rr > least) & state.positive
@@ -395,7 +396,7 @@ def conjugate_gradients(
             return CGState(steps + 1, u, r, p, after, best, best_rr, largest, positive)
 
         finite = jnp.isfinite(rr)  # of the start; if not, the answer is zero
-        start = CGState(jnp.zeros((), jnp.int32), u, r, r, rr, zero, best_rr, jnp.zeros_like(rr), finite)
+        start = CGState(jnp.zeros((), jnp.int32), u, r, r, rr, best, best_rr, jnp.zeros_like(rr), finite)
         end = jax.lax.while_loop(running, step, start)
         return tree_where(end.positive, end.u, end.best)
 

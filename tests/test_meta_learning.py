@@ -53,7 +53,7 @@ def proximal(omega: Any, thetas: Any) -> jax.Array:
 
 METHODS = {  # estimator, inner optimizer and steps, whether the inner objective pulls towards omega
     "MAML": (fb.itd(5), optax.sgd(0.03), 5, False),
-    "iMAML": (fb.aid(fb.cg(5)), optax.adam(0.02), 20, True),
+    "iMAML": (fb.aid(fb.cg(5, damping=0.5)), optax.sgd(0.01, momentum=0.9), 20, True),
 }
 
 
@@ -71,7 +71,9 @@ def test_meta_learning_of_sinusoids(name):
         None,
         estimator,
         inner_optimizer=optimizer,
-        outer_optimizer=optax.chain(optax.clip_by_global_norm(10.0), optax.adam(2e-3)),
+        outer_optimizer=optax.chain(
+            optax.clip_by_global_norm(10.0), optax.adam(optax.cosine_decay_schedule(4e-3, 4000))
+        ),
         inner_steps=steps,
         inner_init=for_each_task,
     )
