@@ -14,7 +14,7 @@ from funcbilevel.tasks import (
     gates_commands,
     iv_commands,
     pathways,
-    rl_commands,
+    rl,
     schooling,
     schooling_iv,
 )
@@ -23,14 +23,12 @@ from funcbilevel.tasks._experiment.command import Task
 from funcbilevel.tasks._experiment.errors import UserError
 from funcbilevel.tasks._experiment.options import Options
 
-TASKS: tuple[Task, ...] = (pathways.TASK,)
+TASKS: tuple[Task, ...] = (pathways.TASK, rl.CARTPOLE, rl.PENDULUM)
 """A new task is one folder and one entry."""
 OLD: dict[str, dict[str, type[_records.Options]]] = {
     "run": {
         "schooling": schooling.Schooling,
         "iv": iv_commands.RunIV,
-        "cartpole": rl_commands.RunCartPole,
-        "pendulum": rl_commands.RunPendulum,
         "fairness": fairness_commands.RunFairness,
         "gates": gates_commands.RunGates,
         "arm": arm_commands.RunArm,
@@ -39,7 +37,6 @@ OLD: dict[str, dict[str, type[_records.Options]]] = {
         "iv": iv_commands.CompareIV,
         "demand": demand.CompareDemand,
         "schooling": schooling_iv.CompareSchooling,
-        "cartpole": rl_commands.CompareCartPole,
         "fairness": fairness_commands.CompareFairness,
         "arm": arm_commands.CompareArm,
     },
