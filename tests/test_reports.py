@@ -8,7 +8,7 @@ import pytest
 from funcbilevel import cli
 
 RESULTS = Path(__file__).parents[1] / "benchmarks/results"
-DIRECTORIES = ("pathways",)
+DIRECTORIES = ("cartpole", "cartpole-tuned", "pathways", "pendulum")
 
 
 @pytest.mark.parametrize("name", DIRECTORIES)

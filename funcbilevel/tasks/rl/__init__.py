@@ -101,6 +101,10 @@ class RunCartPole(_Shared):
         resolve("--method", METHODS, self.method)
         self.check_counts("model_width")
 
+    def settings(self) -> dict[str, Any]:
+        """The options that decide the numbers, as config.json has them."""
+        return super().settings() | {"method": resolve("--method", METHODS, self.method)}
+
     def work(self, directory: Path, track: Track) -> None:
         """Adds what is missing to runs.jsonl."""
         method = resolve("--method", METHODS, self.method)

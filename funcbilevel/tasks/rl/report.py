@@ -88,8 +88,8 @@ def summarise(records: Iterable[Record], curves: dict[store.Key, dict[str, Any]]
     for record in sorted(records, key=lambda record: record["seed"]):
         groups.setdefault((record["method"], store.settings_key(record["settings"])), []).append(record)
     order = in_order(METHODS, sorted(method for method, _ in groups))
-    rows = [(_row(group, curves), key) for (_, key), group in groups.items()]
-    return [row for row, key in sorted(rows, key=lambda pair: (*_panel(pair[0]), order.index(pair[0].method), pair[1]))]
+    rows = [_row(groups[group], curves) for group in sorted(groups)]
+    return sorted(rows, key=lambda row: (*_panel(row), order.index(row.method)))
 
 
 def _row(group: Sequence[Record], curves: dict[store.Key, dict[str, Any]]) -> Row:

@@ -83,7 +83,7 @@ def train_seeds(
     step, state, saved = setting.random_steps, None, start
     if checkpoint is not None and checkpoint.exists():
         like = jax.eval_shape(lambda keys: compiled.chunk(compiled.init(keys), np.int32(0)), keys(seeds))
-        before = _load(checkpoint, *like)
+        before = load(checkpoint, *like)
         if before is not None:
             state, step, rows, start = before.state, before.step, before.rows, start - before.seconds
             if callback is not None:
@@ -97,7 +97,7 @@ def train_seeds(
         if callback is not None:
             callback(setting.evaluation_interval, rows[-1])
         if checkpoint is not None and step < setting.steps and time.monotonic() - saved >= checkpoint_interval:
-            _save(checkpoint, _Checkpoint(state, step, rows, time.monotonic() - start))
+            save(checkpoint, Checkpoint(state, step, rows, time.monotonic() - start))
             saved = time.monotonic()
     steps = setting.random_steps + setting.evaluation_interval * np.arange(1, len(rows) + 1)
     curves = {name: np.stack([row[name] for row in rows], axis=1) for name in rows[-1]}
@@ -107,7 +107,7 @@ def train_seeds(
 # Checkpoints.
 
 
-class _Checkpoint(NamedTuple):
+class Checkpoint(NamedTuple):
     """Training after `step` steps: its state, the rows so far, and the seconds that they took."""
 
     state: State
@@ -116,15 +116,15 @@ class _Checkpoint(NamedTuple):
     seconds: float
 
 
-def _save(path: Path, checkpoint: _Checkpoint) -> None:
+def save(path: Path, checkpoint: Checkpoint) -> None:
     """All of it in one file, which is complete or the one before."""
     arrays = {f"leaf{i}": np.asarray(_data(x)) for i, x in enumerate(jax.tree.leaves(checkpoint.state))}
     curves = {f"curve/{name}": np.stack([row[name] for row in checkpoint.rows]) for name in checkpoint.rows[-1]}
-    scalars: Any = {"step": checkpoint.step, "seconds": checkpoint.seconds}
-    store.replace(path, lambda file: np.savez(file, **scalars, **arrays, **curves))
+    everything: Any = arrays | curves | {"step": checkpoint.step, "seconds": checkpoint.seconds}
+    store.replace(path, lambda file: np.savez(file, **everything))
 
 
-def _load(path: Path, state: Any, metrics: Any) -> _Checkpoint | None:
+def load(path: Path, state: Any, metrics: Any) -> Checkpoint | None:
     """The checkpoint, if it is whole and of these shapes; else None and a warning."""
     try:
         with np.load(path) as file:
@@ -134,8 +134,8 @@ def _load(path: Path, state: Any, metrics: Any) -> _Checkpoint | None:
                 raise ValueError("other metrics")
             curves = {name: file[f"curve/{name}"] for name in metrics}
             rows = [{name: values[i] for name, values in curves.items()} for i in range(len(curves[min(curves)]))]
-            tree = jax.tree.unflatten(jax.tree.structure(state), leaves)
-            return _Checkpoint(tree, int(file["step"]), rows, float(file["seconds"]))
+            saved = jax.tree.unflatten(jax.tree.structure(state), leaves)
+            return Checkpoint(saved, int(file["step"]), rows, float(file["seconds"]))
     except (EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
         text = f"{path} is damaged or of another version ({error}); these runs start anew."
         warnings.warn(text, store.StoreWarning, stacklevel=3)
