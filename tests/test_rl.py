@@ -16,6 +16,7 @@ import pytest
 
 import funcbilevel as fb
 from funcbilevel import cli
+from funcbilevel.tasks import rl
 from funcbilevel.tasks._experiment import select, store
 from funcbilevel.tasks._experiment.store import Result
 from funcbilevel.tasks.rl import environments, methods, pictures, programs, report, train
@@ -25,10 +26,21 @@ SETTING = methods.Setting(
     steps=110, q_width=8, batch_size=16, random_steps=20, evaluation_interval=30, evaluation_episodes=3
 )
 
+FUNCID = SETTING._replace(**methods.METHODS["funcid-pointwise"].hyper)
+
 
 @pytest.fixture(scope="module")
 def cartpole():
     return environments.cartpole()._replace(horizon=15)
+
+
+@pytest.fixture
+def small(cartpole, monkeypatch):
+    """The commands on short episodes and small networks, with the programs of the other tests."""
+    monkeypatch.setitem(environments.ENVIRONMENTS, "cartpole", lambda: cartpole)
+    monkeypatch.setattr(rl, "Setting", lambda **given: SETTING._replace(**given))
+    monkeypatch.setattr(rl, "RANDOM_STEPS", SETTING.random_steps)
+    return ("--steps", "110", "--evaluation-interval", "30", "--seeds", "2")
 
 
 def some_transitions(rng, n, k=4, num_actions=2, dtype=np.float64):
@@ -227,7 +239,7 @@ def test_environment_is_gymnasiums(name):
     from gymnasium.envs.phys2d.cartpole import CartPoleJaxEnv
     from gymnasium.envs.phys2d.pendulum import PendulumJaxEnv
 
-    environment = environments.ENVIRONMENTS[name].environment()
+    environment = environments.ENVIRONMENTS[name]()
     theirs = {"cartpole": CartPoleJaxEnv, "pendulum": PendulumJaxEnv}[name]()
     spec = {"cartpole": "phys2d/CartPole-v1", "pendulum": "phys2d/Pendulum-v0"}[name]
     assert environment.horizon == gymnasium.spec(spec).max_episode_steps
@@ -313,7 +325,7 @@ def test_evaluation_counts_the_steps_of_episodes():
 
 
 def test_transitions_in_the_buffer_are_the_environments(cartpole):
-    state, steps, curves, _ = train.train_seeds(cartpole, "funcid-pointwise", SETTING, [0, 1])
+    state, steps, curves, _ = train.train_seeds(cartpole, "funcid-pointwise", FUNCID, [0, 1])
     np.testing.assert_array_equal(steps, [50, 80, 110])
     for buffer in state.buffer:
         transition = programs.from_row(buffer)
@@ -387,8 +399,8 @@ class Interrupted(Exception):
 
 def test_training_goes_on_from_its_checkpoint(cartpole, tmp_path):
     checkpoint = tmp_path / "state.npz"
-    expected, _, curves, _ = train.train_seeds(cartpole, "funcid-pointwise", SETTING, [0, 1])
-    again, _, curves_again, _ = train.train_seeds(cartpole, "funcid-pointwise", SETTING, [0, 1])
+    expected, _, curves, _ = train.train_seeds(cartpole, "funcid-pointwise", FUNCID, [0, 1])
+    again, _, curves_again, _ = train.train_seeds(cartpole, "funcid-pointwise", FUNCID, [0, 1])
     for name, values in curves.items():
         np.testing.assert_array_equal(values, curves_again[name])
 
@@ -401,7 +413,7 @@ def test_training_goes_on_from_its_checkpoint(cartpole, tmp_path):
 
     with pytest.raises(Interrupted):
         train.train_seeds(
-            cartpole, "funcid-pointwise", SETTING, [0, 1], callback=stop, checkpoint=checkpoint, checkpoint_interval=0
+            cartpole, "funcid-pointwise", FUNCID, [0, 1], callback=stop, checkpoint=checkpoint, checkpoint_interval=0
         )
     assert checkpoint.exists()
     seen.clear()
@@ -519,7 +531,9 @@ def test_checkpoint_comes_back_bit_by_bit(saved):
     )
 
 
-@pytest.mark.parametrize("damage", ["empty", "text", "cut off", "other shapes", "other metrics", "fewer leaves"])
+@pytest.mark.parametrize(
+    "damage", ["empty", "text", "cut off", "other shapes", "other metrics", "more leaves", "fewer leaves"]
+)
 def test_checkpoint_that_does_not_fit_is_left_out_with_a_warning(saved, damage):
     path, _, (state, metrics) = saved
     if damage in ("empty", "text"):
@@ -530,6 +544,8 @@ def test_checkpoint_that_does_not_fit_is_left_out_with_a_warning(saved, damage):
         "other shapes": {"theta": jax.ShapeDtypeStruct((2, 4), jnp.float32)},
         "fewer leaves": {"zeta": state["theta"]},
     }.get(damage, {})
+    if damage == "more leaves":
+        del state["theta"]
     metrics |= {"more": metrics["loss"]} if damage == "other metrics" else {}
     with pytest.warns(store.StoreWarning, match=r"state.npz is damaged or of another version .* start anew"):
         assert train.load(path, state, metrics) is None
@@ -545,8 +561,8 @@ def lines(directory, name="runs"):
     return {(r["method"], r["seed"]): r for r in store.read(directory / f"{name}.jsonl")}
 
 
-def test_run_command_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
-    args = ("run", "cartpole", *TINY, "--seeds", "2", "--output-dir")
+def test_run_command_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch, small):
+    args = ("run", "cartpole", *small, "--output-dir")
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     cli.main([*args, str(whole), "--method", "funcid"])
     output = capsys.readouterr()
@@ -562,7 +578,10 @@ def test_run_command_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
         returns = curves[store.key_of(record)]["evaluation_return"]
         assert record["metrics"]["return_auc"] == pytest.approx(np.mean(returns), rel=1e-3)
         assert record["metrics"]["final_return"] == pytest.approx(returns[-1], rel=1e-3)
-        assert record["settings"].items() >= {"model_width": 3, "steps": 1040, "inner_learning_rate": 3e-3}.items()
+        assert (
+            record["settings"].items()
+            >= {"model_width": 3, "steps": 110, "inner_learning_rate": 3e-3, "warm_adam": False}.items()
+        )
         assert "damping" not in record["settings"]
     from PIL import Image
 
@@ -585,7 +604,7 @@ def test_run_command_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
     assert len(list(broken.glob("funcid-pointwise-*.checkpoint.npz"))) == 1
     monkeypatch.setattr(train, "load", lambda *args: loaded.append(load(*args)) or loaded[-1])
     cli.main([*args, str(broken), "--method", "funcid-pointwise"])
-    assert [checkpoint.step for checkpoint in loaded] == [1020]
+    assert [checkpoint.step for checkpoint in loaded] == [50]
     assert {path.name for path in broken.glob("[!.]*")} == {path.name for path in whole.glob("[!.]*")}
     assert {key: record["metrics"] for key, record in lines(broken).items()} == {
         key: record["metrics"] for key, record in records.items()

@@ -1,6 +1,7 @@
 """Ways to learn the world model, and what decides a run's numbers."""
 
 import itertools
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
@@ -100,6 +101,7 @@ def _product(**values: Sequence[Any]) -> tuple[dict[str, Any], ...]:
     return tuple(dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values()))
 
 
+MODEL_FREE = "model-free"
 RATES = _product(inner_learning_rate=(3e-4, 1e-3, 3e-3), warm_adam=(True, False))
 METHODS = table(
     Method(
@@ -148,7 +150,7 @@ METHODS = table(
         colour="C4",
     ),
     Method(
-        "model-free",
+        MODEL_FREE,
         "soft double Q-learning, the model unused",
         _alternating(model_free_problem),
         RATES,
@@ -188,7 +190,7 @@ def agent(environment: Environment, method: str, setting: Setting) -> fb.Bilevel
     build: Any = METHODS[method].build
     problem, estimator = build(bellman, setting)
     b1, b2 = (0.9, 0.999) if setting.warm_adam else (0.0, 0.0)  # without memory every step is a first one
-    return fb.bilevel(
+    solver = fb.bilevel(
         problem,
         bellman.model(lambda key, inputs: init_q(key, environment, setting.q_width)),
         estimator,
@@ -196,3 +198,15 @@ def agent(environment: Environment, method: str, setting: Setting) -> fb.Bilevel
         outer_optimizer=optax.adam(setting.outer_learning_rate),
         inner_steps=setting.inner_steps,
     )
+    return _standing_still(solver) if method == MODEL_FREE else solver
+
+
+def _standing_still(solver: fb.BilevelSolver) -> fb.BilevelSolver:
+    """The solver without its warning that the outer level does not move, where it is not to move."""
+
+    def step(*args: Any) -> Any:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "step: outer_objective does not depend on outer_params")
+            return solver.step(*args)
+
+    return solver._replace(step=step)

@@ -127,11 +127,12 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
 def load(path: Path, state: Any, metrics: Any) -> Checkpoint | None:
     """The checkpoint, if it is whole and of these shapes; else None and a warning."""
     try:
-        with np.load(path) as file:
-            leaves = list(_leaves(file, jax.tree.leaves(state)))
-            names = {name.removeprefix("curve/") for name in file.files if name.startswith("curve/")}
-            if names != metrics.keys():
-                raise ValueError("other metrics")
+        with path.open("rb") as opened, np.load(opened) as file:
+            like = jax.tree.leaves(state)
+            names = [*(f"leaf{i}" for i in range(len(like))), *(f"curve/{name}" for name in metrics)]
+            if {*file.files} != {*names, "step", "seconds"}:
+                raise ValueError("other contents")
+            leaves = list(_leaves(file, like))
             curves = {name: file[f"curve/{name}"] for name in metrics}
             rows = [{name: values[i] for name, values in curves.items()} for i in range(len(curves[min(curves)]))]
             saved = jax.tree.unflatten(jax.tree.structure(state), leaves)
