@@ -26,6 +26,8 @@ SETTING = methods.Setting(
     steps=110, q_width=8, batch_size=16, random_steps=20, evaluation_interval=30, evaluation_episodes=3
 )
 
+MODEL_FREE = SETTING._replace(tau=0.02)
+LONG = MODEL_FREE._replace(steps=40_000)
 FUNCID = SETTING._replace(**methods.METHODS["funcid-pointwise"].hyper)
 
 
@@ -38,7 +40,7 @@ def cartpole():
 def small(cartpole, monkeypatch):
     """The commands on short episodes and small networks, with the programs of the other tests."""
     monkeypatch.setitem(environments.ENVIRONMENTS, "cartpole", lambda: cartpole)
-    monkeypatch.setattr(rl, "Setting", lambda **given: SETTING._replace(**given))
+    monkeypatch.setattr(rl, "Setting", SETTING._replace)
     monkeypatch.setattr(rl, "RANDOM_STEPS", SETTING.random_steps)
     return ("--steps", "110", "--evaluation-interval", "30", "--seeds", "2")
 
@@ -350,13 +352,12 @@ def test_transitions_in_the_buffer_are_the_environments(cartpole):
 
 def test_one_compilation_and_the_target_follows(cartpole, caplog):
     """The same programs serve all chunks, the resumed ones and other seeds."""
-    setting = SETTING._replace(tau=0.02)  # no other test's
-    with jax.log_compiles():
-        state, *_ = train.train_seeds(cartpole, "model-free", setting, [0, 1])
-        train.train_seeds(cartpole, "model-free", setting, [5, 6])
+    with jax.log_compiles():  # the first test of these programs
+        state, *_ = train.train_seeds(cartpole, "model-free", MODEL_FREE, [0, 1])
+        train.train_seeds(cartpole, "model-free", MODEL_FREE, [5, 6])
     finished = [r.getMessage().split()[4] for r in caplog.records if "Finished XLA compilation" in r.getMessage()]
     assert [finished.count(name) for name in ("jit(initial)", "jit(all_seeds)")] == [1, 2]  # explore and chunk
-    compiled = programs.programs(cartpole, "model-free", setting, programs.spread_over(2))
+    compiled = programs.programs(cartpole, "model-free", MODEL_FREE, programs.spread_over(2))
     theta, target = (jax.tree.leaves(x)[0] for x in (state.learner.inner_params, state.target_params))
     start = jax.tree.leaves(compiled.init(jax.random.split(jax.random.key(0), 2)).target_params)[0]
     assert theta.shape == target.shape == start.shape
@@ -365,13 +366,13 @@ def test_one_compilation_and_the_target_follows(cartpole, caplog):
 
 def test_seeds_are_spread_over_the_devices(cartpole):
     assert [programs.spread_over(n) for n in (1, 2, 3, 9, 10, 11, 16)] == [1, 2, 3, 3, 5, 1, 8]
-    spread, _, curves, _ = train.train_seeds(cartpole, "model-free", SETTING._replace(steps=50), [0, 1])
+    spread, _, curves, _ = train.train_seeds(cartpole, "model-free", MODEL_FREE, [0, 1])
     assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(spread)} == {2}
-    one = programs.programs(cartpole, "model-free", SETTING._replace(steps=50))
+    one = programs.programs(cartpole, "model-free", LONG)
     state = one.explore(one.init(jax.vmap(jax.random.key)(jnp.arange(2))))
     state, metrics = one.chunk(state, np.int32(20))
     assert len(state.buffer.sharding.device_set) == 1
-    np.testing.assert_allclose(state.buffer, spread.buffer, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(state.buffer[:, :50], spread.buffer[:, :50], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(metrics["inner_objective"], curves["inner_objective"][:, 0], rtol=1e-3)
 
 
@@ -420,7 +421,7 @@ def test_training_goes_on_from_its_checkpoint(cartpole, tmp_path):
     resumed, _, resumed_curves, _ = train.train_seeds(
         cartpole,
         "funcid-pointwise",
-        SETTING,
+        FUNCID,
         [0, 1],
         callback=lambda steps, _: seen.append(steps),
         checkpoint=checkpoint,
@@ -436,7 +437,7 @@ def test_training_goes_on_from_its_checkpoint(cartpole, tmp_path):
 
 def test_buffer_is_written_in_place_and_a_model_free_agent_leaves_the_model_alone(cartpole):
     """A buffer far larger than all else: its bytes are donated, and appear neither as temporaries nor as a copy."""
-    compiled = programs.programs(cartpole, "model-free", SETTING._replace(steps=40_000))
+    compiled = programs.programs(cartpole, "model-free", LONG)
     state = compiled.explore(compiled.init(jax.random.split(jax.random.key(0), 2)))
     chunk = compiled.chunk.lower(state, np.int32(20)).compile()
     size, memory = state.buffer.nbytes, chunk.memory_analysis()
