@@ -20,30 +20,34 @@ import jax
 import numpy as np
 import optax
 
-from funcbilevel.tasks import _records, rl, rl_cartpole, rl_commands
+from funcbilevel.tasks._experiment import store
+from funcbilevel.tasks._experiment.machine import every_core_a_device
+from funcbilevel.tasks.rl import methods, programs
+from funcbilevel.tasks.rl.environments import cartpole
+from funcbilevel.tasks.rl.problem import Batch
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--method", default="funcid-pointwise", choices=rl.METHODS)
+    parser.add_argument("--method", default="funcid-pointwise", choices=methods.METHODS)
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--steps", type=int, default=500, help="steps per seed and measurement")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--output", type=Path, help="JSON lines to append to")
     arguments = parser.parse_args()
 
-    rl_commands.every_core_a_device()
-    environment = rl_cartpole.environment()
-    setting = rl.Setting()._replace(**rl.METHODS[arguments.method].chosen)
-    solver = rl.agent(environment, arguments.method, setting)
+    every_core_a_device()
+    environment = cartpole()
+    setting = methods.Setting()._replace(**methods.METHODS[arguments.method].hyper)
+    solver = methods.agent(environment, arguments.method, setting)
 
     def learner(num_steps, num_devices=1):
         def learn(state, step):
-            return rl.learn(environment, solver, setting, num_steps, state, step)
+            return programs.learn(environment, solver, setting, num_steps, state, step)
 
-        return rl.spread(learn, num_devices, donate_argnums=0)
+        return programs.spread(learn, num_devices, donate_argnums=0)
 
-    num_devices = rl.spread_over(arguments.seeds)
+    num_devices = programs.spread_over(arguments.seeds)
     scan = learner(arguments.steps)
     ways = {
         f"spread-{arguments.seeds}": (arguments.seeds, learner(arguments.steps, num_devices), 1),
@@ -54,7 +58,7 @@ def main() -> None:
     states = {}
     for name, (seeds, program, _) in ways.items():
         spread = num_devices if name.startswith("spread") else 1
-        compiled = rl.programs(environment, arguments.method, setting, spread)
+        compiled = programs.programs(environment, arguments.method, setting, spread)
         state = compiled.explore(compiled.init(jax.random.split(jax.random.key(0), seeds)))
         states[name] = jax.block_until_ready(program(state, np.int32(setting.random_steps))[0])
     loop = gymnasium_loop(environment, arguments.method, setting)
@@ -80,31 +84,30 @@ def main() -> None:
             metrics = {"steps_per_second": rate, "speedup_of_spread": reference / rate, "devices": num_devices}
             settings = setting._asdict() | {"program": name}
             seconds = arguments.steps * (ways[name][0] if name in ways else 1) / rate
-            _records.append(
-                arguments.output, _records.record("cartpole", arguments.method, 0, settings, metrics, seconds)
-            )
+            record = store.record("cartpole", arguments.method, 0, settings, metrics, seconds)
+            store.append(arguments.output, [record])
 
 
 def gymnasium_loop(environment, method, setting):
     """Yields after every step of the agent on Gymnasium's own environment."""
     import gymnasium  # noqa: PLC0415
 
-    solver = rl.agent(environment, method, setting)
-    state = jax.jit(lambda key: rl.init(environment, method, setting, key))(jax.random.key(0))
+    solver = methods.agent(environment, method, setting)
+    state = jax.jit(lambda key: programs.init(environment, method, setting, key))(jax.random.key(0))
     learner, target = state.learner, state.target_params
 
     @jax.jit
     def act(theta, observation, gumbel):
-        return rl.soft_action(theta, observation[None], gumbel[None], setting.alpha)[0]
+        return programs.soft_action(theta, observation[None], gumbel[None], setting.alpha)[0]
 
     def learn(learner, target, transition):
-        batch = rl.Batch(transition, target)
+        batch = Batch(transition, target)
         learner, _ = solver.step(learner, batch, batch)
         return learner, optax.incremental_update(learner.inner_params, target, setting.tau)
 
     learn = jax.jit(learn, donate_argnums=(0, 1))
     env, rng = gymnasium.make("CartPole-v1"), np.random.default_rng(0)
-    buffer = np.zeros((100_000, rl.row_size(environment)), np.float32)
+    buffer = np.zeros((100_000, programs.row_size(environment)), np.float32)
     observation, _ = env.reset(seed=0)
     for i in itertools.count():
         gumbel = rng.gumbel(size=environment.num_actions).astype(np.float32)
@@ -115,7 +118,7 @@ def gymnasium_loop(environment, method, setting):
         observation = env.reset()[0] if terminal or truncated else after
         if i >= setting.random_steps:
             rows = buffer[rng.integers(min(i + 1, len(buffer)), size=setting.batch_size)]
-            learner, target = jax.block_until_ready(learn(learner, target, rl.from_row(rows)))
+            learner, target = jax.block_until_ready(learn(learner, target, programs.from_row(rows)))
         yield
 
 

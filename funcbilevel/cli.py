@@ -14,7 +14,7 @@ from funcbilevel.tasks import (
     gates_commands,
     iv_commands,
     pathways,
-    rl_commands,
+    rl,
     schooling,
     schooling_iv,
 )
@@ -23,14 +23,12 @@ from funcbilevel.tasks._experiment.command import Task
 from funcbilevel.tasks._experiment.errors import UserError
 from funcbilevel.tasks._experiment.options import Options
 
-TASKS: tuple[Task, ...] = (fairness.TASK, pathways.TASK)
+TASKS: tuple[Task, ...] = (fairness.TASK, pathways.TASK, rl.CARTPOLE, rl.PENDULUM)
 """A new task is one folder and one entry."""
 OLD: dict[str, dict[str, type[_records.Options]]] = {
     "run": {
         "schooling": schooling.Schooling,
         "iv": iv_commands.RunIV,
-        "cartpole": rl_commands.RunCartPole,
-        "pendulum": rl_commands.RunPendulum,
         "gates": gates_commands.RunGates,
         "arm": arm_commands.RunArm,
     },
@@ -38,7 +36,6 @@ OLD: dict[str, dict[str, type[_records.Options]]] = {
         "iv": iv_commands.CompareIV,
         "demand": demand.CompareDemand,
         "schooling": schooling_iv.CompareSchooling,
-        "cartpole": rl_commands.CompareCartPole,
         "arm": arm_commands.CompareArm,
     },
 }

@@ -9,8 +9,9 @@ from funcbilevel import cli
 
 RESULTS = Path(__file__).parents[1] / "benchmarks/results"
 DIRECTORIES = (
+    *("cartpole", "cartpole-tuned", "pendulum", "pathways"),
     *("fairness", "fairness-article", "fairness-nba", "fairness-published"),
-    *("fairness-two-followers", "fairness-two-followers-race", "pathways"),
+    *("fairness-two-followers", "fairness-two-followers-race"),
 )
 
 

@@ -58,16 +58,15 @@ def pointwise_adjoint() -> Adjoint:
             "fb.learned_adjoint."
         )
         check_like("pointwise_adjoint", "inputs of outer_batch", shapes_Q, shapes_P, mend)
-        size = tree_size(d)
-        rhs = tree_scaled(tree_cast(d, working_dtype(d)), -1.0 / size)
+        rhs = jax.tree.map(jnp.negative, tree_cast(d, working_dtype(d)))
         a_P = _solve_blocks(in_working_dtype(C, d), rhs)
-        product = rescaled(C, d)(a_P)
+        product, unit = rescaled(C, d)(a_P), 1.0 / tree_size(d)
         inconsistent = _inconsistent(product, rhs)
-        metrics = linear_metrics(product, rhs, a_P, d)
+        metrics = linear_metrics(*(tree_scaled(t, unit) for t in (product, rhs, a_P)), d)
         metrics["linear_converged"] &= inconsistent == 0
         same = [jnp.array_equal(p, q) for p, q in zip(jax.tree.leaves(x_P), jax.tree.leaves(x_Q), strict=True)]
         metrics |= {"adjoint_inconsistent": inconsistent, "adjoint_inputs_match": jnp.all(jnp.stack(same))}
-        return tree_scaled(a_P, size), state, metrics
+        return a_P, state, metrics
 
     return Adjoint(no_state, fit)
 
@@ -109,11 +108,11 @@ def _solve(B: jax.Array, y: jax.Array) -> jax.Array:
         size = jnp.max(jnp.abs(B), axis=(1, 2))
         size = jnp.where(size == 0, 1.0, size)
         ((p, q), (r, s)), (u, v) = jnp.moveaxis(B / size[:, None, None], 0, 2), (y / size[:, None]).T
-        determinant, largest = p * s - q * r, 0.5 * jnp.abs(p + s) + jnp.hypot(0.5 * (p - s), q)
-        singular = (jnp.abs(determinant) <= 4 * eps * largest**2)[None]
+        determinant, trace = p * s - q * r, p + s
+        singular = (jnp.abs(determinant) <= 8 * eps)[None]  # the largest eigenvalue is between 1 and 2
         by_cramer = jnp.stack([s * u - q * v, p * v - r * u]) / jnp.where(singular, 1.0, determinant[None])
-        # B = lambda e e' has the pseudo-inverse B / lambda^2.
-        of_rank_one = jnp.stack([p * u + q * v, r * u + s * v]) / jnp.where(largest == 0, 1.0, largest**2)[None]
+        # B = lambda e e' has the trace lambda and the pseudo-inverse B / lambda^2.
+        of_rank_one = jnp.stack([p * u + q * v, r * u + s * v]) / jnp.where(trace == 0, 1.0, trace**2)[None]
         return jnp.where(singular, of_rank_one, by_cramer).T
     eigenvalues, U = jnp.linalg.eigh(B)
     kept = jnp.abs(eigenvalues) > 4 * k * eps * jnp.max(jnp.abs(eigenvalues), axis=1, keepdims=True)

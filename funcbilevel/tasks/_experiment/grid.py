@@ -64,7 +64,11 @@ def units(runs: Iterable[Run]) -> list[Unit]:
 
 
 def complete(
-    where: Store, runs: Iterable[Run], train: Train, together: Callable[[Run], Hashable] = alone
+    where: Store,
+    runs: Iterable[Run],
+    train: Train,
+    together: Callable[[Run], Hashable] = alone,
+    recorded: Callable[[Unit], None] = lambda unit: None,
 ) -> list[store.Record]:
     """Makes the runs that the store lacks, and records each group as soon as it is finished.
 
@@ -75,6 +79,7 @@ def complete(
         runs: all runs that there are to be.
         train: makes a unit's runs.
         together: runs with the same value are made in one call of `train` (more calls if they lack different seeds).
+        recorded: called with each unit once its runs are on disk, to remove its checkpoint for example.
 
     Returns:
         The records of these runs, in their order.
@@ -90,6 +95,7 @@ def complete(
                     if mine:
                         for unit in units(store.missing(where, of_group)):
                             _make(where, unit, train)
+                            recorded(unit)
                         del groups[group]
     by_key = {store.key_of(record): record for record in store.records(where)}
     return [by_key[store.run_key(where.task, run)] for run in runs]

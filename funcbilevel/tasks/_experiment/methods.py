@@ -22,6 +22,7 @@ class Method(NamedTuple):
         label: the name in tables and figures, if it is another.
         always: it is run beside the others in any case, and is no value of --method or --methods.
         aliases: other names on the command line.
+        published: hyper-parameters of its publication, if they are no trial and used by default all the same.
     """
 
     name: str
@@ -33,11 +34,12 @@ class Method(NamedTuple):
     label: str = ""
     always: bool = False
     aliases: tuple[str, ...] = ()
+    published: Mapping[str, Any] | None = None
 
     @property
     def hyper(self) -> Mapping[str, Any]:
-        """The hyper-parameters that validation chose."""
-        return self.trials[self.chosen]
+        """The hyper-parameters that are used by default."""
+        return self.trials[self.chosen] if self.published is None else self.published
 
 
 Methods: TypeAlias = Mapping[str, Method]

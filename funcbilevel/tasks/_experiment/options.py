@@ -68,14 +68,12 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Sweep(Options):
-    """What a command with several methods and seeds takes besides; `methods` is given its default by the task."""
+class Seeded(Options):
+    """What a command with several seeds takes besides."""
 
-    beside = ("seed", "seeds", "methods")
+    beside = ("seed", "seeds")
     seeds: int = 5
     """Number of seeds, from --seed on."""
-    methods: tuple[str, ...] = ()
-    """Methods to run; table and figure show all that the output directory holds."""
 
     def check(self) -> None:
         """Raises a UserError that names an option out of range."""
@@ -83,12 +81,25 @@ class Sweep(Options):
         self.check_counts("seeds")
         if self.seed + self.seeds - 1 > LARGEST:
             raise UserError(f"--seed plus --seeds must be at most {LARGEST}, got {self.seed} and {self.seeds}.")
-        _methods.resolve_all("--methods", self.table, self.methods)
 
     @property
     def all_seeds(self) -> range:
         """The seeds."""
         return range(self.seed, self.seed + self.seeds)
+
+
+@dataclass(frozen=True)
+class Sweep(Seeded):
+    """What a command with several methods and seeds takes besides; `methods` is given its default by the task."""
+
+    beside = (*Seeded.beside, "methods")
+    methods: tuple[str, ...] = ()
+    """Methods to run; table and figure show all that the output directory holds."""
+
+    def check(self) -> None:
+        """Raises a UserError that names an option out of range."""
+        super().check()
+        _methods.resolve_all("--methods", self.table, self.methods)
 
     @property
     def all_methods(self) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, NotRequired, TypedDict
+from typing import Any, BinaryIO, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 
@@ -399,12 +399,12 @@ def append(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
         os.close(file)
 
 
-def replace(path: Path, data: bytes) -> None:
-    """Writes a file that is there whole or, if that fails, as it was."""
+def replace(path: Path, data: bytes | Callable[[BinaryIO], Any]) -> None:
+    """Writes a file, from bytes or by a function, that is there whole or, if that fails, as it was."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with partial.open("wb") as file:
-            file.write(data)
+            data(file) if callable(data) else file.write(data)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)

@@ -1,0 +1,78 @@
+"""Environments with few actions, as pure functions of one state: the functional ones of Gymnasium."""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Environment(NamedTuple):
+    """An environment with finitely many actions, as pure functions of one state.
+
+    Attributes:
+        name: of the task.
+        observation_size: of the vector that an agent sees.
+        num_actions: actions are 0, ..., num_actions - 1.
+        horizon: steps after which an episode is cut off.
+        initial: `key -> state`.
+        transition: `(state, action) -> next state`.
+        observation: `state -> [observation_size]`.
+        reward: `(state, action, next state) -> scalar`.
+        terminal: `state -> bool`; being cut off is not being terminal.
+    """
+
+    name: str
+    observation_size: int
+    num_actions: int
+    horizon: int
+    initial: Callable[[Any], Any]
+    transition: Callable[[Any, jax.Array], Any]
+    observation: Callable[[Any], jax.Array]
+    reward: Callable[[Any, jax.Array, Any], jax.Array]
+    terminal: Callable[[Any], jax.Array]
+
+
+def from_gymnasium(
+    name: str, functional: Any, num_actions: int, horizon: int, control: Callable[[jax.Array], jax.Array]
+) -> Environment:
+    """The environment of a `gymnasium.experimental.functional.FuncEnv`; `control` makes its action of ours."""
+    return Environment(
+        name=name,
+        observation_size=functional.observation_space.shape[0],
+        num_actions=num_actions,
+        horizon=horizon,
+        initial=functional.initial,
+        transition=lambda state, action: functional.transition(state, control(action), None),
+        observation=lambda state: functional.observation(state, None),
+        reward=lambda state, action, after: jnp.asarray(functional.reward(state, control(action), after, None)),
+        terminal=lambda state: jnp.asarray(functional.terminal(state, None)),
+    )
+
+
+@cache
+def cartpole() -> Environment:
+    """`gymnasium.envs.phys2d.cartpole.CartPoleFunctional`: reward 1 per step, at most 500 of them.
+
+    Its `polemass_length` is 0.6 (mass *plus* length) where the classic environment has 0.05: another pole.
+    """
+    from gymnasium.envs.phys2d.cartpole import CartPoleFunctional  # noqa: PLC0415
+
+    return from_gymnasium("cartpole", CartPoleFunctional(), 2, 500, lambda action: action)
+
+
+TORQUES = (-2.0, 0.0, 2.0)
+
+
+@cache
+def pendulum() -> Environment:
+    """`gymnasium.envs.phys2d.pendulum.PendulumFunctional` with three torques: episodes of 200 steps, never terminal."""
+    from gymnasium.envs.phys2d.pendulum import PendulumFunctional  # noqa: PLC0415
+
+    return from_gymnasium(
+        "pendulum", PendulumFunctional(), len(TORQUES), 200, lambda action: jnp.asarray(TORQUES)[action][None]
+    )
+
+
+ENVIRONMENTS: dict[str, Callable[[], Environment]] = {"cartpole": cartpole, "pendulum": pendulum}
