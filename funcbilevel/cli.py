@@ -16,18 +16,16 @@ from funcbilevel.tasks import (
     pathways,
     rl_commands,
     schooling,
-    schooling_iv,
 )
 from funcbilevel.tasks._experiment import command, methods
 from funcbilevel.tasks._experiment.command import Task
 from funcbilevel.tasks._experiment.errors import UserError
 from funcbilevel.tasks._experiment.options import Options
 
-TASKS: tuple[Task, ...] = (pathways.TASK,)
+TASKS: tuple[Task, ...] = (demand.TASK, *schooling.TASKS, pathways.TASK)
 """A new task is one folder and one entry."""
 OLD: dict[str, dict[str, type[_records.Options]]] = {
     "run": {
-        "schooling": schooling.Schooling,
         "iv": iv_commands.RunIV,
         "cartpole": rl_commands.RunCartPole,
         "pendulum": rl_commands.RunPendulum,
@@ -37,8 +35,6 @@ OLD: dict[str, dict[str, type[_records.Options]]] = {
     },
     "compare": {
         "iv": iv_commands.CompareIV,
-        "demand": demand.CompareDemand,
-        "schooling": schooling_iv.CompareSchooling,
         "cartpole": rl_commands.CompareCartPole,
         "fairness": fairness_commands.CompareFairness,
         "arm": arm_commands.CompareArm,
