@@ -12,7 +12,7 @@ from funcbilevel.tasks import (
     demand,
     fairness_commands,
     gates_commands,
-    iv_commands,
+    iv,
     pathways,
     rl_commands,
     schooling,
@@ -22,11 +22,10 @@ from funcbilevel.tasks._experiment.command import Task
 from funcbilevel.tasks._experiment.errors import UserError
 from funcbilevel.tasks._experiment.options import Options
 
-TASKS: tuple[Task, ...] = (demand.TASK, *schooling.TASKS, pathways.TASK)
+TASKS: tuple[Task, ...] = (iv.TASK, demand.TASK, *schooling.TASKS, pathways.TASK)
 """A new task is one folder and one entry."""
 OLD: dict[str, dict[str, type[_records.Options]]] = {
     "run": {
-        "iv": iv_commands.RunIV,
         "cartpole": rl_commands.RunCartPole,
         "pendulum": rl_commands.RunPendulum,
         "fairness": fairness_commands.RunFairness,
@@ -34,7 +33,6 @@ OLD: dict[str, dict[str, type[_records.Options]]] = {
         "arm": arm_commands.RunArm,
     },
     "compare": {
-        "iv": iv_commands.CompareIV,
         "cartpole": rl_commands.CompareCartPole,
         "fairness": fairness_commands.CompareFairness,
         "arm": arm_commands.CompareArm,

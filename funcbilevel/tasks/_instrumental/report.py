@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from funcbilevel.tasks._experiment import store
+from funcbilevel.tasks._experiment.errors import UserError
 from funcbilevel.tasks._experiment.methods import Methods, colour, in_order, label
 from funcbilevel.tasks._experiment.statistics import bootstrap_interval, paired_p_value
 from funcbilevel.tasks._experiment.store import Record
@@ -38,7 +39,13 @@ _BROKEN = 1e30  # stands for infinity, with which quantiles and ranks cannot be 
 
 
 def summarise(records: Sequence[Record], methods: Methods, metric: str) -> list[Row]:
-    """The rows, in the order of the table of methods, each compared with the first one."""
+    """The rows, in the order of the table of methods, each compared with the first one.
+
+    Raises:
+        UserError: there are no records.
+    """
+    if not records:
+        raise UserError("there is no finished run to report of; run the same command again to go on with it.")
     rows = [
         _row(name, of_setting, metric)
         for method in in_order(methods, (record["method"] for record in records))

@@ -8,8 +8,8 @@ moves the price and the sales. The cost of fuel c moves the price only:
     \psi(t) = 2\,((t - 5)^4 / 600 + e^{-4 (t - 5)^2} + t / 10 - 2),
 
 with c, v ~ N(0, 1), e ~ N(rho v, 1 - rho^2), t ~ U(0, 10), s uniform on 1..7. The treatment is the price, t and s are
-covariates, and the bilevel problem is that of `_instrumental.problem`. Errors are measured on the published grid, a good
-part of which lies where no price was seen.
+covariates, and the bilevel problem is that of `_instrumental.problem`. Errors are measured on the published grid, a
+good part of which lies where no price was seen.
 
 Hartford et al. add e to standardised sales, whose standard deviation is 158: here noise = 158 by default. Xu et al.
 have noise = 1, with which there is hardly any confounding to undo: plain regression then does best.

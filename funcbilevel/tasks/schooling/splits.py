@@ -1,10 +1,10 @@
 """Returns to schooling (Card 1995) with neural f and h: how far the methods agree, over seeds.
 
-Education is the treatment, nearness to a college its instrument, the other regressors of `problem` are
-covariates; the bilevel problem is that of `_instrumental.problem`. There is no truth to compare with. What is reported is
-the mean slope: the average over all men of f(educ + 1/2, c) - f(educ - 1/2, c), in log wage per year, beside the
-coefficients that two-stage and ordinary least squares give. A seed is a split of the men (40% inner, 40% outer, 20%
-validation) and of the initial networks.
+Education is the treatment, nearness to a college its instrument, the other regressors of `problem` are covariates; the
+bilevel problem is that of `_instrumental.problem`. There is no truth to compare with. What is reported is the mean
+slope: the average over all men of f(educ + 1/2, c) - f(educ - 1/2, c), in log wage per year, beside the coefficients
+that two-stage and ordinary least squares give. A seed is a split of the men (40% inner, 40% outer, 20% validation) and
+of the initial networks.
 """
 
 from functools import cache

@@ -41,7 +41,7 @@ def solve(
     back. Of the outer problem's curvature, 2 in all other directions, the weak instrument leaves 2 * 0.0055 (its
     partial R^2) in one: gradient descent with momentum suited to that ratio.
     """
-    assert (build := METHODS[method].build) is not None  # references are computed elsewhere
+    build: Any = METHODS[method].build
     estimator, h = build()
     z, _ = whiten(frame[list(INSTRUMENTS)].to_numpy())
     x, r = whiten(frame[list(REGRESSORS)].to_numpy())
