@@ -8,7 +8,7 @@ import pytest
 from funcbilevel import cli
 
 RESULTS = Path(__file__).parents[1] / "benchmarks/results"
-DIRECTORIES = ("pathways",)
+DIRECTORIES = ("demand", "iv", "iv-10000", "pathways", "schooling", "schooling-neural")
 
 
 @pytest.mark.parametrize("name", DIRECTORIES)
