@@ -196,14 +196,15 @@ def compare(directory: Path, design: Design, methods: Iterable[str], seeds: Iter
     }
     check_budgets({method: len(of_method) for method, of_method in candidates.items()})
     selection = Store(directory, design.task, "selection")
-    make = partial(train, design, cache(design.data), track)
-    complete(selection, trial_runs(candidates, RULE), make, by_setting)
+    data = cache(design.data)
+    tried = design._replace(measure=lambda predictions: design.measure(predictions)._replace(beside={}))
+    complete(selection, trial_runs(candidates, RULE), partial(train, tried, data, track), by_setting)
     runs = [
         run._replace(seed=seed, how=Trial(method, run.how.hyper))
         for method, run in choose(selection, candidates, RULE).items()
         for seed in seeds
     ]
-    complete(Store(directory, design.task), runs, make, by_setting)
+    complete(Store(directory, design.task), runs, partial(train, design, data, track), by_setting)
 
 
 def train(design: Design, data: Callable[[int], Data], track: Track, unit: Unit) -> list[Result]:
