@@ -9,7 +9,7 @@ from funcbilevel import cli
 from funcbilevel.tasks._experiment import store
 from funcbilevel.tasks._instrumental import train
 from funcbilevel.tasks._instrumental.methods import Setting, trials
-from funcbilevel.tasks.demand import CompareDemand, measure
+from funcbilevel.tasks.demand import measure
 from funcbilevel.tasks.demand import problem as demand
 
 
@@ -117,33 +117,58 @@ def test_two_stage_against_its_textbook_form():
 # The command.
 
 
-def test_compare(tmp_path, monkeypatch, capsys):
-    """End to end; and the trial with the least validation loss is the one that is used."""
-    setting = Setting(num_outer_steps=2, inner_steps=2)
-    monkeypatch.setattr(CompareDemand, "setting", setting)
-    monkeypatch.setattr(train, "trials", lambda method, setting: trials(method, setting)[1:3])
-    args = ["compare", "demand", "--seeds", "2", "--seed", "5", "--n", "200", "--methods", "aid-cg"]
-    cli.main([*args, "--output-dir", str(tmp_path)])
+@pytest.fixture
+def fits(monkeypatch):
+    """What would be trained; the loss is least for the fifth trial, the error is the seed."""
+    made = []
+
+    def fit(method, setting, hyper, data, seeds, callback):
+        made.append((method, dict(hyper), [*seeds]))
+        assert [len(of.inner.y) for of in data] == [100] * len(seeds)
+        callback(None, {"outer_objective": np.ones(setting.num_outer_steps)})
+        at = demand.points()
+        truth = demand.structural(at.p[:, 0], *at.c.T)
+        loss = 0.0 if hyper == trials(method, setting)[4] else 1.0
+        names = ("outer_objective", "inner_objective", "hypergradient_norm")
+        evaluation = train.Evaluation(np.stack([truth + seed for seed in seeds]), np.full(len(seeds), loss))
+        return evaluation, {name: np.ones(len(seeds)) for name in names}
+
+    monkeypatch.setattr(train, "fit", fit)
+    return made
+
+
+def test_compare(tmp_path, capsys, fits):
+    """The trial with the least validation loss is the one that is used, and what is there is not made again."""
+    args = ["compare", "demand", "--seeds", "2", "--seed", "5", "--n", "200", "--output-dir", str(tmp_path)]
+    cli.main([*args, "--methods", "aid-cg"])
     names = ["demand.png", "runs-curves.jsonl", "runs.jsonl", "selection.json", "selection.jsonl", "table.md"]
     assert sorted(path.name for path in tmp_path.glob("[!.]*")) == ["config.json", *names]
     assert json.loads((tmp_path / "config.json").read_text())["noise"] == 158.0
     output = capsys.readouterr()
-    assert "aid-cg 2          2 outer steps" in output.err
-    assert "n = 200, rho = 0.5, noise = 158, 2 seeds" in output.out
+    assert "aid-cg 6          200 outer steps" in output.err
+    assert "n = 200, rho = 0.5" in output.out
 
-    records, tried = (store.read(tmp_path / f"{name}.jsonl") for name in ("runs", "selection"))
-    assert [(r["method"], r["seed"]) for r in records] == [(m, s) for m in ("aid-cg", "iv2sls") for s in (5, 6)]
-    assert all(r["settings"]["n"] == 200 and r["metrics"]["test_mse"] > 0 for r in records)
-    assert [r["seed"] for r in tried] == [*train.RULE.seeds] * 2
-    losses = np.reshape([r["metrics"]["validation_loss"] for r in tried], (2, -1)).mean(axis=1)
-    best = trials("aid-cg", setting)[1 + int(losses.argmin())]
-    assert {name: records[0]["settings"][name] for name in best} == best
+    tried = trials("aid-cg", Setting())
+    assert fits == [("aid-cg", hyper, [*train.RULE.seeds]) for hyper in tried] + [("aid-cg", tried[4], [5, 6])]
+    before = store.read(tmp_path / "runs.jsonl")
+    assert [(r["method"], r["seed"]) for r in before] == [(m, s) for m in ("aid-cg", "iv2sls") for s in (5, 6)]
+    assert {name: before[0]["settings"][name] for name in tried[4]} == tried[4]
+    assert [r["metrics"]["test_mse"] for r in before[:2]] == pytest.approx([25.0, 36.0])
+    curve = json.loads((tmp_path / "runs-curves.jsonl").read_text().splitlines()[0])
+    np.testing.assert_allclose(curve["sales"], demand.structural(*demand.shown_line().T) + 5, rtol=1e-4, atol=1e-3)
 
-    # A finished run is not made again, nor lost: what `covariate_iv` did before.
-    before = (tmp_path / "runs.jsonl").read_bytes()
-    monkeypatch.setattr(train, "fit", None)
-    cli.main([*args, "--output-dir", str(tmp_path)])
-    assert (tmp_path / "runs.jsonl").read_bytes() == before
+    # `covariate_iv` deleted what was finished before.
+    fits.clear()
+    cli.main([*args, "--methods", "dfiv"])
+    assert {method for method, *_ in fits} == {"dfiv"}
+    after = store.read(tmp_path / "runs.jsonl")
+    assert after[: len(before)] == before
+    assert [r["method"] for r in after[len(before) :]] == ["dfiv"] * 2
+    assert [line.split(" | ")[0] for line in (tmp_path / "table.md").read_text().splitlines()[2:]] == [
+        "| dfiv",
+        "| aid-cg",
+        "| iv2sls",
+    ]
 
 
 def test_broken_predictions_are_recorded():

@@ -55,17 +55,9 @@ def solve(
         outer_optimizer=optax.sgd(0.5, momentum=0.86, nesterov=True),
     )
     state = solver.init(key, jnp.zeros(len(REGRESSORS)), batch)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*outer_objective does not depend on outer_params")  # alternating's lesson
-        state, metrics = fb.train(
-            solver,
-            state,
-            lambda key, step: (batch, batch),
-            num_outer_steps,
-            chunk=50,
-            callback=callback,
-            progress=False,
-        )
+    state, metrics = fb.train(
+        solver, state, lambda key, step: (batch, batch), num_outer_steps, chunk=50, callback=callback, progress=False
+    )
     return np.linalg.solve(r, state.outer_params) + 0.0, {name: values[-1] for name, values in metrics.items()}
 
 
