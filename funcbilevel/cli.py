@@ -12,30 +12,27 @@ from funcbilevel.tasks import (
     demand,
     fairness,
     gates_commands,
-    iv_commands,
+    iv,
     pathways,
     rl,
     schooling,
-    schooling_iv,
 )
 from funcbilevel.tasks._experiment import command, methods
 from funcbilevel.tasks._experiment.command import Task
 from funcbilevel.tasks._experiment.errors import UserError
 from funcbilevel.tasks._experiment.options import Options
 
-TASKS: tuple[Task, ...] = (fairness.TASK, pathways.TASK, rl.CARTPOLE, rl.PENDULUM)
+TASKS: tuple[Task, ...] = (
+    *(iv.TASK, demand.TASK, *schooling.TASKS),
+    *(rl.CARTPOLE, rl.PENDULUM, fairness.TASK, pathways.TASK),
+)
 """A new task is one folder and one entry."""
 OLD: dict[str, dict[str, type[_records.Options]]] = {
     "run": {
-        "schooling": schooling.Schooling,
-        "iv": iv_commands.RunIV,
         "gates": gates_commands.RunGates,
         "arm": arm_commands.RunArm,
     },
     "compare": {
-        "iv": iv_commands.CompareIV,
-        "demand": demand.CompareDemand,
-        "schooling": schooling_iv.CompareSchooling,
         "arm": arm_commands.CompareArm,
     },
 }

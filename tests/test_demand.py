@@ -5,7 +5,12 @@ import json
 import numpy as np
 import pytest
 
-from funcbilevel.tasks import _records, covariate_iv, demand
+from funcbilevel import cli
+from funcbilevel.tasks._experiment import store
+from funcbilevel.tasks._instrumental import train
+from funcbilevel.tasks._instrumental.methods import Setting, trials
+from funcbilevel.tasks.demand import measure
+from funcbilevel.tasks.demand import problem as demand
 
 
 @pytest.fixture(scope="module")
@@ -109,50 +114,82 @@ def test_two_stage_against_its_textbook_form():
     np.testing.assert_allclose(demand.two_stage(linear), at[:, :3] @ line, atol=1e-4)
 
 
-def track_into(calls):
-    def track(label, total):
-        return lambda state, metrics: calls.append((label, len(metrics["outer_objective"])))
-
-    return track
+# The command.
 
 
-def test_run(tmp_path, monkeypatch):
-    """End to end; and the trial with the least validation loss is the one that is used."""
-    monkeypatch.setattr(demand.CompareDemand, "setting", covariate_iv.Setting(num_outer_steps=2, inner_steps=2))
-    every = covariate_iv.trials
-    monkeypatch.setattr(covariate_iv, "trials", lambda method, setting: every(method, setting)[1:3])
-    options = demand.CompareDemand(output_dir=tmp_path / "run", seeds=2, seed=5, n=200, methods=("aid-cg",))
-    options.check()
-    calls = []
-    directory = _records.run_directory(options)
-    assert options.run(directory, track_into(calls)) is not None
-    assert {path.name for path in directory.iterdir()} == {"config.json", "demand.png", "runs.jsonl", "trials.jsonl"}
-    assert json.loads((directory / "config.json").read_text())["noise"] == 158.0
-    records, trials = (list(_records.read(directory / f"{name}.jsonl")) for name in ("runs", "trials"))
-    assert [(r["method"], r["seed"]) for r in records] == [(m, s) for m in ("aid-cg", "iv2sls") for s in (5, 6)]
-    for record in records:
-        assert record["task"] == "demand"
-        assert record["settings"]["n"] == 200
-        assert record["metrics"]["test_mse"] > 0
-    assert calls[-1] == ("aid-cg", 2)
-    assert [r["seed"] for r in trials] == [*covariate_iv.SELECTION_SEEDS] * 2
-    losses = np.reshape([r["metrics"]["validation_loss"] for r in trials], (2, -1)).mean(axis=1)
-    best = covariate_iv.trials("aid-cg", options.setting)[int(losses.argmin())]
-    assert {name: records[0]["settings"][name] for name in best} == best
+@pytest.fixture
+def fits(monkeypatch):
+    """What would be trained; the loss is least for the fifth trial, the error is the seed."""
+    made = []
+
+    def fit(method, setting, hyper, data, seeds, callback):
+        made.append((method, dict(hyper), [*seeds]))
+        assert [len(of.inner.y) for of in data] == [100] * len(seeds)
+        callback(None, {"outer_objective": np.ones(setting.num_outer_steps)})
+        at = demand.points()
+        truth = demand.structural(at.p[:, 0], *at.c.T)
+        loss = 0.0 if hyper == trials(method, setting)[4] else 1.0
+        names = ("outer_objective", "inner_objective", "hypergradient_norm")
+        evaluation = train.Evaluation(np.stack([truth + seed for seed in seeds]), np.full(len(seeds), loss))
+        return evaluation, {name: np.ones(len(seeds)) for name in names}
+
+    monkeypatch.setattr(train, "fit", fit)
+    return made
+
+
+def test_compare(tmp_path, capsys, fits):
+    """The trial with the least validation loss is the one that is used, and what is there is not made again."""
+    args = ["compare", "demand", "--seeds", "2", "--seed", "5", "--n", "200", "--output-dir", str(tmp_path)]
+    cli.main([*args, "--methods", "aid-cg"])
+    names = ["demand.png", "runs-curves.jsonl", "runs.jsonl", "selection.json", "selection.jsonl", "table.md"]
+    assert sorted(path.name for path in tmp_path.glob("[!.]*")) == ["config.json", *names]
+    assert json.loads((tmp_path / "config.json").read_text())["noise"] == 158.0
+    output = capsys.readouterr()
+    assert "aid-cg 6          200 outer steps" in output.err
+    assert "n = 200, rho = 0.5" in output.out
+
+    tried = trials("aid-cg", Setting())
+    assert fits == [("aid-cg", hyper, [*train.RULE.seeds]) for hyper in tried] + [("aid-cg", tried[4], [5, 6])]
+    before = store.read(tmp_path / "runs.jsonl")
+    assert [(r["method"], r["seed"]) for r in before] == [(m, s) for m in ("aid-cg", "iv2sls") for s in (5, 6)]
+    assert {name: before[0]["settings"][name] for name in tried[4]} == tried[4]
+    assert [r["metrics"]["test_mse"] for r in before[:2]] == pytest.approx([25.0, 36.0])
+    curve = json.loads((tmp_path / "runs-curves.jsonl").read_text().splitlines()[0])
+    np.testing.assert_allclose(curve["sales"], demand.structural(*demand.shown_line().T) + 5, rtol=1e-4, atol=1e-3)
+
+    # `covariate_iv` deleted what was finished before.
+    fits.clear()
+    cli.main([*args, "--methods", "dfiv"])
+    assert {method for method, *_ in fits} == {"dfiv"}
+    after = store.read(tmp_path / "runs.jsonl")
+    assert after[: len(before)] == before
+    assert [r["method"] for r in after[len(before) :]] == ["dfiv"] * 2
+    assert [line.split(" | ")[0] for line in (tmp_path / "table.md").read_text().splitlines()[2:]] == [
+        "| dfiv",
+        "| aid-cg",
+        "| iv2sls",
+    ]
+
+
+def test_broken_predictions_are_recorded():
+    """As null, which is JSON, and not as NaN, which is not."""
+    result = measure(np.full(len(demand.points().p), np.nan))
+    assert np.isnan(result.metrics["test_mse"])
+    assert set(store.finite(dict(result.beside["curves"]))["sales"]) == {None}
 
 
 @pytest.mark.parametrize(
-    ("bad", "message"),
+    ("args", "message"),
     [
-        ({"seeds": 0}, "--seeds must be at least 1, got 0"),
-        ({"n": 101}, "--n must be even and at least 20, got 101"),
-        ({"rho": 1.5}, "--rho must be between -1 and 1, got 1.5"),
-        ({"noise": -1.0}, "--noise must be at least 0, got -1.0"),
-        ({"methods": ("dfiv", "itd")}, "--methods must be among funcid-linear, .*, each once, got dfiv, itd"),
-        ({"methods": ("dfiv", "dfiv")}, "each once, got dfiv, dfiv"),
-        ({"methods": ()}, "got none"),
+        (["--seeds", "0"], "--seeds must be at least 1, got 0"),
+        (["--n", "101"], "--n must be even and at least 20, got 101"),
+        (["--rho", "1.5"], "--rho must be from -1 to 1, got 1.5"),
+        (["--noise", "-1"], "--noise must be at least 0, got -1.0"),
+        (["--methods", "dfiv", "itd"], "--methods must be among funcid-linear, .*, got itd"),
+        (["--methods", "iv2sls"], "--methods must be among funcid-linear, .*, got iv2sls"),
     ],
 )
-def test_bad_options(bad, message):
-    with pytest.raises(ValueError, match=message):
-        demand.CompareDemand(**bad).check()
+def test_bad_options(tmp_path, args, message):
+    with pytest.raises(SystemExit, match=message):
+        cli.main(["compare", "demand", *args, "--output-dir", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()

@@ -1,7 +1,9 @@
 """Instrumental regression on dSprites: the methods' formulas, one pass over the treatment network, and the commands."""
 
-import json
 import re
+import types
+import warnings
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +14,17 @@ from flax import linen
 
 import funcbilevel as fb
 from funcbilevel import cli
-from funcbilevel.tasks import _records, dsprites, iv, iv_commands
+from funcbilevel.tasks import dsprites
+from funcbilevel.tasks._experiment import select, store
+from funcbilevel.tasks._experiment.grid import Unit
+from funcbilevel.tasks._experiment.methods import choices
+from funcbilevel.tasks._experiment.store import Store
+from funcbilevel.tasks.iv import CompareIV, RunIV, methods, report, train
+from funcbilevel.tasks.iv import problem as iv
+from funcbilevel.tasks.iv.methods import METHODS, Setting
 
 WIDTHS = (16, 12, 10, 6)
-SETTING = iv.Setting(n=60, widths=WIDTHS, inner_steps=5)
+SETTING = Setting(n=60, widths=WIDTHS, inner_steps=5)
 
 
 @pytest.fixture(scope="module")
@@ -72,13 +81,13 @@ def test_networks_start_as_the_published_ones_do():
 def test_every_method_starts_from_the_same_networks(data):
     kinds = ("funcid-linear", "funcid-learned", "aid-cg", "penalty-value")  # by what their estimators carry
     states = [
-        start(iv.solver(name, SETTING, method.chosen), data) for name, method in iv.METHODS.items() if name in kinds
+        start(methods.solver(name, SETTING, method.hyper), data) for name, method in METHODS.items() if name in kinds
     ]
     first = states[0]
     for state in states[1:]:
         for name in ("outer_params", "inner_params", "model_state", "outer_model_state"):
             jax.tree.map(np.testing.assert_array_equal, getattr(state, name), getattr(first, name))
-    other = start(iv.solver("dfiv", SETTING, {}), data, seed=1)
+    other = start(methods.solver("dfiv", SETTING, {}), data, seed=1)
     assert not np.array_equal(jax.tree.leaves(other.outer_params)[0], jax.tree.leaves(first.outer_params)[0])
 
 
@@ -89,7 +98,7 @@ def test_every_method_starts_from_the_same_networks(data):
 def fitted(x64, data):
     """The networks after a few outer steps, in float64: (features of h, h, f at the inner pictures, state, data)."""
     data = jax.tree.map(lambda a: a.astype(jnp.float64), data)
-    solver = iv.solver("dfiv", SETTING, {"outer_learning_rate": 1e-2})
+    solver = methods.solver("dfiv", SETTING, {"outer_learning_rate": 1e-2})
     state = start(solver, data)
     step = jax.jit(solver.bilevel.step)
     for _ in range(5):
@@ -100,18 +109,20 @@ def fitted(x64, data):
 
 def hypergradient(fitted, estimator, **kwargs):
     _, h, f, state, data = fitted
-    return fb.hypergradient(
-        iv.problem,
-        h,
-        estimator,
-        f,
-        state.inner_params,
-        data.inner,
-        data.outer,
-        model_state=state.model_state,
-        key=jax.random.key(0),
-        **kwargs,
-    ).gradient
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*not a stationary point")  # the networks are those after a few steps
+        return fb.hypergradient(
+            iv.problem,
+            h,
+            estimator,
+            f,
+            state.inner_params,
+            data.inner,
+            data.outer,
+            model_state=state.model_state,
+            key=jax.random.key(0),
+            **kwargs,
+        ).gradient
 
 
 def test_funcid_linear_is_dfiv_when_features_and_ridge_are_shared(fitted):
@@ -163,13 +174,13 @@ def test_dfiv_is_the_derivative_of_the_two_ridge_regressions(fitted):
 # Speed.
 
 
-@pytest.mark.parametrize("name", iv.METHODS)
+@pytest.mark.parametrize("name", choices(METHODS))
 def test_one_pass_over_the_treatment_network(data, name):
     """One product of the pictures with the first layer's matrix, and one for its gradient, whatever the inner steps.
 
     The second product of the first one's shape is the derivative by the first layer's output, on the way back.
     """
-    solver = iv.solver(name, SETTING, iv.METHODS[name].chosen)
+    solver = methods.solver(name, SETTING, METHODS[name].hyper)
     program = jax.jit(solver.bilevel.step).lower(start(solver, data), data.inner, data.outer).compile().as_text()
     n, width = SETTING.n // 2, WIDTHS[0]
     of_outputs = re.findall(rf"= f32\[{n},{width}\]\S* dot\(", program)
@@ -182,9 +193,9 @@ def test_one_pass_over_the_treatment_network(data, name):
 
 @pytest.mark.parametrize(("norm", "batch_size"), [("layer", 8), ("batch", None)])
 def test_run_learns_and_reports(data, norm, batch_size):
-    solver = iv.solver("funcid-linear", SETTING._replace(norm=norm), {"ridge": 0.2})
+    solver = methods.solver("funcid-linear", SETTING._replace(norm=norm), {"ridge": 0.2})
     seen = []
-    outcome = iv.run(
+    outcome = train.fit(
         solver, data, 0, 6, chunk=2, batch_size=batch_size, callback=lambda state, metrics: seen.append(metrics)
     )
     assert outcome.curves["step"] == [2, 4, 6]
@@ -192,14 +203,14 @@ def test_run_learns_and_reports(data, norm, batch_size):
     assert outcome.curves["test_mse"][-1] == pytest.approx(float(outcome.evaluation.test_mse), rel=1e-5)
     assert [len(metrics["test_mse"]) for metrics in seen] == [2, 2, 2]
     assert outcome.evaluation.predictions.shape == (588,)
-    again = iv.run(solver, data, 0, 6, chunk=2, batch_size=batch_size)
+    again = train.fit(solver, data, 0, 6, chunk=2, batch_size=batch_size)
     assert again.curves == outcome.curves
 
 
 def test_evaluation_is_what_it_says(data):
-    solver = iv.solver("dfiv", SETTING, {})
+    solver = methods.solver("dfiv", SETTING, {})
     state = start(solver, data)
-    evaluation = iv.evaluate(solver, state, data)
+    evaluation = train.evaluate(solver, state, data)
     f = solver.f.apply(state.outer_params, state.outer_model_state, data.inner.x)[0]
     phi = [
         np.asarray(fb.from_linen(iv.InstrumentNet()).apply(state.inner_params, state.model_state, z)[0], np.float64)
@@ -218,6 +229,35 @@ def test_evaluation_is_what_it_says(data):
     np.testing.assert_allclose(evaluation.test_mse, np.mean((predictions - data.test_y) ** 2), rtol=1e-2)
 
 
+# The methods' table and the committed selection.
+
+RESULTS = Path(__file__).parents[1] / "benchmarks/results/iv"
+
+
+def test_every_method_has_as_many_trials():
+    select.check_budgets({name: len(METHODS[name].trials) for name in choices(METHODS)})
+
+
+@pytest.mark.parametrize(
+    ("name", "n"), [("funcid-linear", 5000), ("funcid-learned", 2000), ("aid-cg", 2000), ("itd", 2000)]
+)
+def test_chosen_by_the_committed_selection(name, n):
+    """By the one rule; for aid-cg also among the two trials more that were made."""
+    of_method = [
+        record
+        for record in store.records(Store(RESULTS, "iv", "selection"))
+        if (record["method"], record["settings"]["n"]) == (name, n)
+    ]
+    losses = select.by_settings(of_method, lambda record: store.values(record)["validation_loss"])
+    keys = [store.settings_key(train.run_of(name, 0, how).settings) for how in hows(name, n)]
+    assert len(losses) == len(keys) + 2 * (name == "aid-cg")
+    assert select.best(losses) == select.best({key: losses[key] for key in keys}) == keys[METHODS[name].chosen]
+
+
+def hows(name, n):
+    return [train.How(Setting(n=n), hyper, 100) for hyper in METHODS[name].trials]
+
+
 # The commands.
 
 SMALL = ("--n", "60", "--widths", "16", "12", "10", "6", "--num-outer-steps", "4")
@@ -225,112 +265,179 @@ SMALL = ("--n", "60", "--widths", "16", "12", "10", "6", "--num-outer-steps", "4
 
 def test_run_command(tmp_path, capsys):
     cli.main(["run", "iv", *SMALL, "--output-dir", str(tmp_path)])
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "config.json",
-        "iv.png",
-        "metrics.jsonl",
-        "metrics-curves.jsonl",
-    }
-    (record,) = _records.read(tmp_path / "metrics.jsonl")
+    names = ["config.json", "iv.png", "runs-curves.jsonl", "runs-predictions.jsonl", "runs.jsonl"]
+    assert sorted(path.name for path in tmp_path.glob("[!.]*")) == names
+    (record,) = store.read(tmp_path / "runs.jsonl")
     assert (record["task"], record["method"], record["settings"]["n"]) == ("iv", "funcid-linear", 60)
-    assert f"{record['metrics']['test_mse']:.3f}" in capsys.readouterr().out
+    output = capsys.readouterr()
+    assert "funcid-linear     4 outer steps, outer " in output.err
+    for word in (f"{record['metrics']['test_mse']:.3f}", "rendered hearts", "drawn from U(0,1)", "30 inner, 30 outer"):
+        assert word in output.out
+    picture = (tmp_path / "iv.png").read_bytes()
+    assert len(picture) > 10_000
+    (tmp_path / "iv.png").unlink()
+    cli.main(["report", str(tmp_path)])
+    assert (tmp_path / "iv.png").read_bytes() == picture
+
+
+@pytest.mark.parametrize(
+    ("options", "n", "widths"),
+    [
+        (RunIV(), 5000, (1024, 512, 128, 32)),
+        (RunIV(quick=True), 1000, (256, 128, 64, 32)),
+        (RunIV(quick=True, n=5000), 5000, (256, 128, 64, 32)),
+        (RunIV(quick=True, widths=WIDTHS), 1000, WIDTHS),
+        (CompareIV(), 5000, (1024, 512, 128, 32)),
+    ],
+)
+def test_config_has_what_really_runs(options, n, widths):
+    assert (options.setting.n, options.setting.widths) == (n, widths)
+    settings = options.settings()
+    assert (settings["n"], settings["widths"]) == (n, widths)
+    assert "quick" not in settings
+
+
+def test_settings_of_the_committed_records():
+    """What is there counts as finished: every run of the command, which the README names."""
+    names = ("funcid-linear", "funcid-learned", "dfiv", "aid-cg", "itd")
+    runs = [
+        train.run_of(name, seed, train.How(Setting(), METHODS[name].hyper, 100)) for name in names for seed in range(20)
+    ]
+    runs += [run for seed in range(20) for run in train.references(5000, seed)]
+    where = Store(RESULTS, "iv")
+    assert len(runs) == len(store.records(where)) == 160
+    assert not store.missing(where, runs)
+    assert len(store.beside(where, "curves")) == 100
+    costs = train.cost_runs(Setting(), {name: METHODS[name].hyper for name in names})
+    assert len(costs) == 6
+    assert not store.missing(where._replace(name="costs"), costs)
 
 
 @pytest.mark.slow
 def test_quick_run_learns(tmp_path):
     """`funcbilevel run iv --quick`: better than the mean by far, and its outcome matrix is drawn if none is given."""
     cli.main(["run", "iv", "--quick", "--output-dir", str(tmp_path)])
-    (record,) = _records.read(tmp_path / "metrics.jsonl")
+    (record,) = store.read(tmp_path / "runs.jsonl")
     variance = np.var(dsprites.test_set(dsprites.render_hearts(), dsprites.outcome_matrix()[0]).y)
     assert record["metrics"]["test_mse"] < 0.6 * variance
     assert record["metrics"]["outer_finite"] == record["metrics"]["inner_finite"] == 1.0
 
 
 def compare(directory, *args):
-    cli.main(["compare", "iv", *SMALL, "--no-references", "--output-dir", str(directory), *args])
+    cli.main(["compare", "iv", *SMALL, "--output-dir", str(directory), *args])
 
 
-def test_compare_goes_on_where_it_stopped(tmp_path, capsys):
-    methods = ("--methods", "funcid-linear", "dfiv")
-    compare(tmp_path, "--seeds", "1", "--no-costs", *methods)
-    first = (tmp_path / "runs.jsonl").read_text()
-    compare(tmp_path, "--seeds", "2", *methods)
-    both = (tmp_path / "runs.jsonl").read_text()
-    assert both.startswith(first)  # nothing was run again
-    records = list(_records.read(tmp_path / "runs.jsonl"))
-    assert [(r["method"], r["seed"]) for r in records] == [
-        (method, seed) for seed in (0, 1) for method in ("funcid-linear", "dfiv")
-    ]
-    costs = {r["method"]: r["metrics"] for r in _records.read(tmp_path / "costs.jsonl")}
-    assert costs.keys() == {"bare", "funcid-linear", "dfiv"}
-    assert costs["bare"]["ratio"] == 1.0
-    assert len((tmp_path / "table.md").read_text().splitlines()) == 4
+def test_compare(tmp_path, capsys):
+    compare(tmp_path, "--seeds", "1", "--methods", "dfiv")
+    records = store.read(tmp_path / "runs.jsonl")
+    assert [r["method"] for r in records] == ["dfiv", "kernel-iv", "two-stage", "least-squares"]
+    assert [r["settings"] for r in records[1:]] == [{"n": 60}] * 3
+    bare, dfiv = store.read(tmp_path / "costs.jsonl")
+    assert (bare["method"], bare["metrics"]["ratio"], dfiv["method"]) == ("bare", 1.0, "dfiv")
+    assert dfiv["metrics"]["ratio"] == pytest.approx(dfiv["metrics"]["seconds"] / bare["metrics"]["seconds"])
+    assert len((tmp_path / "table.md").read_text().splitlines()) == 2 + 4
     assert (tmp_path / "iv.png").stat().st_size > 10_000
-    with pytest.raises(SystemExit, match="other settings"):
-        compare(tmp_path, "--num-outer-steps", "5", *methods)
+    assert "dfiv 0            4 outer steps" in capsys.readouterr().err
 
 
-def test_compare_selects_by_validation_loss(tmp_path, monkeypatch):
-    monkeypatch.setattr(iv_commands, "SELECTION_SEEDS", (1000, 1001))
-    monkeypatch.setitem(iv.METHODS, "dfiv", iv.METHODS["dfiv"]._replace(trials=iv.METHODS["dfiv"].trials[:2]))
-    compare(tmp_path, "--seeds", "1", "--select", "--selection-n", "60", "--methods", "dfiv", "--no-costs")
-    records = list(_records.read(tmp_path / "selection.jsonl"))
-    assert len(records) == 2 * len(iv.METHODS["dfiv"].trials)
-    rates = [trial["outer_learning_rate"] for trial in iv.METHODS["dfiv"].trials]
-    losses = [
-        np.mean([r["metrics"]["validation_loss"] for r in records if r["settings"]["outer_learning_rate"] == rate])
-        for rate in rates
-    ]
-    (run,) = _records.read(tmp_path / "runs.jsonl")
-    assert run["settings"]["outer_learning_rate"] == rates[int(np.argmin(losses))]
+def test_costs_of_a_method_that_comes_later(monkeypatch):
+    """They are measured beside a bare pass of their own; what is recorded of the first one stays."""
+    asked = []
+
+    def measure_costs(calls):
+        asked.append([*calls])
+        rows = [
+            types.SimpleNamespace(name=name, seconds=s, temp_bytes=0, compile_seconds=0)
+            for name, s in (("bare", 2.0), ("itd", 3.0))
+        ]
+        return types.SimpleNamespace(rows=rows)
+
+    tiny = iv.Arrays(
+        iv.Batch(np.ones((4, 3)), np.ones((4, 4096))), iv.Batch(np.ones((4, 3)), y=np.ones(4)), None, None, None
+    )
+    monkeypatch.setattr(train, "_arrays", lambda *args: tiny)
+    monkeypatch.setattr(train.fb, "measure_costs", measure_costs)
+    _, run = train.cost_runs(SETTING, {"itd": METHODS["itd"].hyper})
+    (result,) = train.measure_costs(None, SETTING, 0, Unit((run,), (0,)))
+    assert asked == [["bare", "itd"]]
+    assert result.metrics["ratio"] == 1.5
+    assert result.seconds == 3.0
 
 
-def test_choose_counts_a_broken_run_as_infinite():
-    trials = {json.dumps({"a": a}): {"a": a} for a in (1, 2)}
+@pytest.fixture
+def loss_is_hyper(monkeypatch):
+    """Runs without training, whose validation loss is how far the outer learning rate is from 1e-3."""
 
-    def record(a, loss):
-        return _records.record("iv", "dfiv", 0, {"a": a}, {"validation_loss": loss}, 1.0)
+    def fit(solver, data, seed, num_outer_steps, *, chunk, batch_size, callback):
+        loss = abs(solver - 1e-3) + (np.nan if solver == 2e-3 and seed == 1001 else 0)
+        metrics = {"outer_objective": 1.0, "inner_objective": 1.0}
+        curves = {name: [1.0] for name in ("step", *metrics)}
+        return train.Outcome(train.Evaluation(solver, loss, None), curves, 0.0, metrics)
 
-    records = [record(1, 1.0), record(1, float("nan")), record(2, 5.0), record(2, 6.0)]
-    assert iv_commands.choose(records, "dfiv", trials) == {"a": 2}
-    assert iv_commands.choose(records[:1] + records[2:], "dfiv", trials) == {"a": 1}
+    monkeypatch.setattr(train, "fit", fit)
+    monkeypatch.setattr(train, "solver", lambda method, setting, hyper: hyper.get("outer_learning_rate", 1.0))
+    monkeypatch.setattr(train, "_arrays", lambda *args: None)
 
 
-def test_summary_statistics():
+def test_compare_selects_by_validation_loss(tmp_path, loss_is_hyper):
+    few = ("--seeds", "2", "--selection-n", "40", "--no-costs", "--no-references")
+    compare(tmp_path, *few, "--select", "--methods", "dfiv", "itd")
+    tried = store.read(tmp_path / "selection.jsonl")
+    assert len(tried) == 2 * 3 * 4
+    assert {r["settings"]["n"] for r in tried} == {40}
+    runs = store.read(tmp_path / "runs.jsonl")
+    assert [(r["method"], r["seed"]) for r in runs] == [(m, s) for s in (0, 1) for m in ("dfiv", "itd")]
+    assert [r["settings"]["outer_learning_rate"] for r in runs if r["method"] == "dfiv"] == [1e-3] * 2
+    assert [r["settings"]["num_steps"] for r in runs if r["method"] == "itd"] == [2] * 2  # the first of equals
+    # The same method in another setting is another row.
+    compare(tmp_path, *few, "--methods", "dfiv")
+    rows = [line.split(" | ")[0] for line in (tmp_path / "table.md").read_text().splitlines()[2:]]
+    assert rows == ["| dfiv (outer_learning_rate 0.001)", "| dfiv (outer_learning_rate 0.003)", "| itd"]
+
+
+def test_summary_compares_with_the_better_funcid():
     rng = np.random.default_rng(0)
-    values = {"funcid-linear": rng.lognormal(0, 0.2, 20), "aid-cg": rng.lognormal(1, 0.2, 20)}
-    values["dfiv"] = values["funcid-linear"] + 1e-3 * rng.normal(size=20)
+    values = {"funcid-linear": rng.lognormal(0.1, 0.2, 20), "aid-cg": rng.lognormal(1, 0.2, 20)}
+    values["funcid-learned"] = values["funcid-linear"] - 0.01
+    values["dfiv"] = values["funcid-learned"] + 1e-3 * rng.normal(size=20)
     runs = [
-        _records.record("iv", method, seed, {"n": 5000}, {"test_mse": x}, 1.0)
+        store.record("iv", method, seed, {"n": 5000}, {"test_mse": x}, 1.0)
         for method, sample in values.items()
         for seed, x in enumerate(sample)
     ]
-    costs = [_records.record("iv", "aid-cg", 0, {}, {"ratio": 2.0, "temp_bytes": 2**20}, 1.0)]
-    rows = {row.method: row for row in iv_commands.summarise(runs, costs)}
-    assert next(iter(rows)) == "funcid-linear"
-    assert rows["funcid-linear"].p_value is None
+    rows = {row.method: row for row in report.best_first(report.summarise(runs, METHODS, "test_mse"))}
+    assert list(rows) == ["funcid-learned", "funcid-linear", "dfiv", "aid-cg"]
+    assert rows["funcid-learned"].p_value is None
     assert rows["aid-cg"].p_value < 1e-4
     assert rows["dfiv"].p_value > 0.05
     for method, row in rows.items():
         assert row.median == pytest.approx(np.median(values[method]))
         low, high = row.interval
         assert row.quartiles[0] < low < row.median < high < row.quartiles[1]
-    assert (rows["aid-cg"].ratio, rows["dfiv"].ratio) == (2.0, None)
-    assert "| aid-cg | 20 |" in iv_commands.markdown(list(rows.values()))
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("run", "iv", "--n", "61"), "--n must be even"),
-        (("run", "iv", "--method", "magic"), "--method must be one of funcid-linear"),
-        (("run", "iv", "--num-outer-steps", "0"), "--num-outer-steps must be at least 1"),
-        (("run", "iv", "--batch-size", "1"), "--batch-size must be at least 2"),
-        (("run", "iv", "--images", "nowhere.npz"), "--images: there is no file"),
-        (("compare", "iv", "--seeds", "0"), "--seeds must be at least 1"),
-        (("compare", "iv", "--methods", "magic"), "--methods must be among"),
+        (("run", "iv", "--n", "61"), "--n must be even and at least 20, got 61"),
+        (("run", "iv", "--widths", "16", "0", "10", "6"), "--widths must be at least 1, got 16 0 10 6"),
+        (("run", "iv", "--method", "magic"), "--method must be among funcid-linear, .*, got magic"),
+        (("run", "iv", "--method", "kernel-iv"), "--method must be among funcid-linear, .*, got kernel-iv"),
+        (("run", "iv", "--num-outer-steps", "0"), "--num-outer-steps must be at least 1, got 0"),
+        (("run", "iv", "--batch-size", "1"), "--batch-size must be at least 2, got 1"),
+        (("run", "iv", "--images", "nowhere.npz"), "--images: there is no file nowhere.npz"),
+        (("run", "iv", "--matrix", "nowhere.npy"), "--matrix: there is no file nowhere.npy"),
+        (("compare", "iv", "--seeds", "0"), "--seeds must be at least 1, got 0"),
+        (("compare", "iv", "--selection-n", "7"), "--selection-n must be even and at least 20, got 7"),
+        (("compare", "iv", "--methods", "magic"), "--methods must be among funcid-linear, .*, got magic"),
     ],
 )
-def test_bad_options(args, message):
+def test_bad_options(tmp_path, args, message):
     with pytest.raises(SystemExit, match=message):
-        cli.main(args)
+        cli.main([*args, "--output-dir", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+
+
+def test_unknown_method():
+    with pytest.raises(ValueError, match=r"method must be one of funcid-linear, .*, got 'kernel-iv'"):
+        methods.solver("kernel-iv", SETTING, {})

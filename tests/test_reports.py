@@ -9,6 +9,7 @@ from funcbilevel import cli
 
 RESULTS = Path(__file__).parents[1] / "benchmarks/results"
 DIRECTORIES = (
+    *("iv", "iv-10000", "demand", "schooling", "schooling-neural"),
     *("cartpole", "cartpole-tuned", "pendulum", "pathways"),
     *("fairness", "fairness-article", "fairness-nba", "fairness-published"),
     *("fairness-two-followers", "fairness-two-followers-race"),

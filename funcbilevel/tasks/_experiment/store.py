@@ -136,6 +136,15 @@ def _scalar(value: Any) -> Any:
     raise TypeError(f"settings must be of numbers, texts, lists and dictionaries, got {type(value).__name__}.")
 
 
+def finite(value: Any) -> Any:
+    """The value with None, as in records, for numbers that are not finite; `nan` takes a list of them back."""
+    if isinstance(value, dict):
+        return {name: finite(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def settings_key(settings: Mapping[str, Any]) -> str:
     """Settings as text: the order of the names, tuple or list, and 1 or 1.0 make no difference."""
 
@@ -354,7 +363,7 @@ def add(store: Store, results: Sequence[tuple[Run, Result]], seconds: float = 0.
                 ({"task": store.task, "method": run.method, "seed": run.seed, "settings": run.settings}, result)
                 for run, result in new.values()
             ]
-            append(path, [head | dict(result.beside[kind]) for head, result in heads if kind in result.beside])
+            append(path, [head | finite(dict(result.beside[kind])) for head, result in heads if kind in result.beside])
         append(
             store.path,
             [
