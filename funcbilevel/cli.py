@@ -11,7 +11,7 @@ from funcbilevel.tasks import (
     arm_commands,
     demand,
     fairness_commands,
-    gates_commands,
+    gates,
     iv_commands,
     pathways,
     rl_commands,
@@ -23,7 +23,7 @@ from funcbilevel.tasks._experiment.command import Task
 from funcbilevel.tasks._experiment.errors import UserError
 from funcbilevel.tasks._experiment.options import Options
 
-TASKS: tuple[Task, ...] = (pathways.TASK,)
+TASKS: tuple[Task, ...] = (gates.TASK, pathways.TASK)
 """A new task is one folder and one entry."""
 OLD: dict[str, dict[str, type[_records.Options]]] = {
     "run": {
@@ -32,7 +32,6 @@ OLD: dict[str, dict[str, type[_records.Options]]] = {
         "cartpole": rl_commands.RunCartPole,
         "pendulum": rl_commands.RunPendulum,
         "fairness": fairness_commands.RunFairness,
-        "gates": gates_commands.RunGates,
         "arm": arm_commands.RunArm,
     },
     "compare": {
