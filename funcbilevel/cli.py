@@ -8,7 +8,7 @@ from typing import Annotated, Any, Union
 
 from funcbilevel.tasks import (
     _records,
-    arm_commands,
+    arm,
     demand,
     fairness_commands,
     gates,
@@ -23,7 +23,7 @@ from funcbilevel.tasks._experiment.command import Task
 from funcbilevel.tasks._experiment.errors import UserError
 from funcbilevel.tasks._experiment.options import Options
 
-TASKS: tuple[Task, ...] = (gates.TASK, pathways.TASK)
+TASKS: tuple[Task, ...] = (arm.TASK, gates.TASK, pathways.TASK)
 """A new task is one folder and one entry."""
 OLD: dict[str, dict[str, type[_records.Options]]] = {
     "run": {
@@ -32,7 +32,6 @@ OLD: dict[str, dict[str, type[_records.Options]]] = {
         "cartpole": rl_commands.RunCartPole,
         "pendulum": rl_commands.RunPendulum,
         "fairness": fairness_commands.RunFairness,
-        "arm": arm_commands.RunArm,
     },
     "compare": {
         "iv": iv_commands.CompareIV,
@@ -40,7 +39,6 @@ OLD: dict[str, dict[str, type[_records.Options]]] = {
         "schooling": schooling_iv.CompareSchooling,
         "cartpole": rl_commands.CompareCartPole,
         "fairness": fairness_commands.CompareFairness,
-        "arm": arm_commands.CompareArm,
     },
 }
 """Tasks that are not moved to `_experiment` yet."""

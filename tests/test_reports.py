@@ -8,7 +8,7 @@ import pytest
 from funcbilevel import cli
 
 RESULTS = Path(__file__).parents[1] / "benchmarks/results"
-DIRECTORIES = ("gates", "gates-adult", "pathways")
+DIRECTORIES = ("arm", "gates", "gates-adult", "pathways")
 
 
 @pytest.mark.parametrize("name", DIRECTORIES)
