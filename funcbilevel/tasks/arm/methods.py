@@ -145,6 +145,17 @@ MIDDLE = 0.3
 """The weight of the controllers that are trained again for other conditions; `chosen` are the rates for it."""
 
 
+class Change(NamedTuple):
+    """What becomes different after training: its name, the payload, and the weight."""
+
+    name: str
+    payload: float
+    weight: float
+
+
+CHANGES = (Change("payload", 1.0, MIDDLE), Change("weight", 0.0, 10 * MIDDLE))
+
+
 def hypers(method: str) -> list[Hyper]:
     """The settings of a method: every weight with every trial of its rates."""
     return [Hyper(weight, **trial) for weight in WEIGHTS for trial in METHODS[method].trials]

@@ -168,6 +168,8 @@ def draw_episodes(key: jax.Array, n: int) -> Episodes:
 
 VALIDATION, TEST = (1 << 20, 64), (1 << 21, 128)
 """Seeds and numbers of the held-out episodes."""
+SHOWN = 4
+"""Episodes of which paths are kept."""
 
 
 def held_out(part: tuple[int, int]) -> Episodes:

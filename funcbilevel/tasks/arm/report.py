@@ -18,9 +18,8 @@ from funcbilevel.tasks._experiment.report import Report
 from funcbilevel.tasks._experiment.select import best, by_settings
 from funcbilevel.tasks._experiment.statistics import mean_interval, pareto_front
 from funcbilevel.tasks._experiment.store import Record, Store
-from funcbilevel.tasks.arm.methods import ALONE, CONTROL, METHODS
-from funcbilevel.tasks.arm.problem import TEST, TORQUE, ZONE, Arm, end_point, held_out
-from funcbilevel.tasks.arm.train import CHANGES, SHOWN
+from funcbilevel.tasks.arm.methods import ALONE, CHANGES, CONTROL, METHODS
+from funcbilevel.tasks.arm.problem import SHOWN, TEST, TORQUE, ZONE, Arm, end_point, held_out
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -16,9 +16,11 @@ from funcbilevel.tasks._experiment.grid import Callback, Track, Unit
 from funcbilevel.tasks._experiment.players import cosine
 from funcbilevel.tasks._experiment.store import Result, Run
 from funcbilevel.tasks.arm.methods import (
+    CHANGES,
     CONTROL,
     METHODS,
     MIDDLE,
+    Change,
     Game,
     Hyper,
     Setting,
@@ -27,7 +29,7 @@ from funcbilevel.tasks.arm.methods import (
     moves_at_once,
     num_steps,
 )
-from funcbilevel.tasks.arm.problem import TEST, VALIDATION, Arm, costs, draw_episodes, held_out, problem, rollout
+from funcbilevel.tasks.arm.problem import SHOWN, TEST, VALIDATION, Arm, costs, draw_episodes, held_out, problem, rollout
 
 
 def _adam(rate: Any, steps: Any) -> optax.GradientTransformation:
@@ -160,10 +162,6 @@ def sweep(
     return Sweep(jax.device_get(evaluate(players, hyper.payload)), players, time.perf_counter() - clock)
 
 
-SHOWN = 4
-"""Episodes of which paths are kept."""
-
-
 @jax.jit
 def paths(players: tuple[Any, Any]) -> jax.Array:
     """The angles of each cell's arm on the first test episodes, [cells, episodes, steps, 2]."""
@@ -218,15 +216,6 @@ def _results(outcome: Sweep) -> list[Result]:
     ]
 
 
-class Change(NamedTuple):
-    """What becomes different after training: its name, the payload, and the weight."""
-
-    name: str
-    payload: float
-    weight: float
-
-
-CHANGES = (Change("payload", 1.0, MIDDLE), Change("weight", 0.0, 10 * MIDDLE))
 CHANGED = (CONTROL, "aid-cg")
 """The methods whose controllers are trained again."""
 RETRAINING = (25, 100, 400)
