@@ -31,7 +31,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from turns import times_in_turns
 
 import funcbilevel as fb
-from funcbilevel.tasks import _records
+from funcbilevel.tasks._experiment import store
 
 __all__ = ["PROBLEM", "batches", "estimators", "measure", "perceptron"]
 
@@ -263,7 +263,7 @@ def settings_of(cell: Cell, what: str) -> dict[str, Any]:
     return {"what": what} | cell._asdict()
 
 
-def missing(cell: Cell, what: str, methods: Iterable[str], done: Iterable[_records.Record], timed: bool) -> list[str]:
+def missing(cell: Cell, what: str, methods: Iterable[str], done: Iterable[store.Record], timed: bool) -> list[str]:
     """The methods of a cell of which `done` holds no line; with `timed`, none that has a time."""
     settings = settings_of(cell, what)
     there = {
@@ -285,13 +285,11 @@ def repeats_of(cell: Cell, most: int) -> int:
     return max(3, min(most, round(most * work(BASE[cell.model]) / work(cell))))
 
 
-def records(
-    cell: Cell, what: str, methods: Sequence[str], repeats: int, timed: bool = True
-) -> Iterator[_records.Record]:
+def records(cell: Cell, what: str, methods: Sequence[str], repeats: int, timed: bool = True) -> Iterator[store.Record]:
     """Measures methods of one cell. Times come with that of the floor in the same turns, whether asked for or not."""
     settings = settings_of(cell, what)
     for method in (m for m in methods if not can_time(cell, m, timed)):
-        yield _records.record("cost", method, 0, settings, memory(cell, what, method), 0.0)
+        yield store.record("cost", method, 0, settings, memory(cell, what, method), 0.0)
     turns = [m for m in methods if can_time(cell, m, timed)]
     if not turns:
         return
@@ -302,10 +300,10 @@ def records(
         metrics["floor_seconds"] = floor_seconds
         if cell.model == "mlp-bf16" and what == "gradient" and row.name != "floor":
             metrics["error"] = rounding_error(cell, row.name)
-        yield _records.record("cost", row.name, 0, settings, metrics, row.compile_seconds + row.seconds)
+        yield store.record("cost", row.name, 0, settings, metrics, row.compile_seconds + row.seconds)
 
 
-def _time(record: _records.Record) -> float | None:
+def _time(record: store.Record) -> float | None:
     return record["metrics"].get("seconds")
 
 
@@ -324,7 +322,7 @@ def seeds_settings(num_seeds: int, outer_steps: int) -> dict[str, Any]:
 
 def seeds_records(
     methods: Sequence[str], num_seeds: int = 20, outer_steps: int = 20, repeats: int = 7
-) -> Iterator[_records.Record]:
+) -> Iterator[store.Record]:
     """`num_seeds` runs of a small functional regression: one program under vmap against one after the other.
 
     Where JAX has several devices, `spread` is the program under vmap with the seeds spread over them.
@@ -358,7 +356,7 @@ def seeds_records(
         if "spread" in seconds:
             metrics |= {"spread_speed_up": seconds["sequential"] / seconds["spread"], "devices": mesh.size}
         settings = seeds_settings(num_seeds, outer_steps)
-        yield _records.record("cost", method, 0, settings, metrics, sum(map(sum, times.values())))
+        yield store.record("cost", method, 0, settings, metrics, sum(map(sum, times.values())))
 
 
 # The figures that CI checks.
@@ -419,7 +417,7 @@ def quick(output: Path | None) -> list[Check]:
             metrics = {k: v for k, v in row._asdict().items() if k != "name" and v is not None}
             metrics["floor_seconds"] = tables[what].rows[0].seconds
             settings = settings_of(cell, what)
-            _append(output, _records.record("cost", row.name, 0, settings, metrics, row.compile_seconds + row.seconds))
+            _append(output, store.record("cost", row.name, 0, settings, metrics, row.compile_seconds + row.seconds))
     checks = [*memory_checks(), *time_checks(tables["step"], tables["gradient"])]
     print()
     for check in checks:
@@ -434,10 +432,10 @@ def title(cell: Cell) -> str:
     )
 
 
-def _append(path: Path | None, record: _records.Record) -> None:
+def _append(path: Path | None, record: store.Record) -> None:
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _records.append(path, record)
+        store.append(path, [record])
 
 
 # The command line.
@@ -493,7 +491,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def run_sweeps(args: argparse.Namespace) -> None:
     """Measures what the output file does not hold yet."""
-    done = list(_records.read(args.output)) if args.output.exists() else []
+    done = list(store.read(args.output)) if args.output.exists() else []
     seeds = args.sweeps is None or "seeds" in args.sweeps
     sweeps = args.sweeps and [s for s in args.sweeps if s != "seeds"]
     work = [

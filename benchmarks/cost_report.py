@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from cost import BASE, METHODS, SWEEPS, WHATS, Cell, title
 
-from funcbilevel.tasks import _records
+from funcbilevel.tasks._experiment import store
 
-Value = Callable[[_records.Record], float | None]
+Value = Callable[[store.Record], float | None]
 OPTIONS = ("mlp-remat", "mlp-bf16")
 """Models that are "mlp" computed in another way."""
 
@@ -39,9 +39,9 @@ class Section(NamedTuple):
 # Reading.
 
 
-def last_records(records: Iterable[_records.Record]) -> list[_records.Record]:
+def last_records(records: Iterable[store.Record]) -> list[store.Record]:
     """One record per measurement: the last, and one with a time rather than one without."""
-    kept: dict[tuple[Any, ...], _records.Record] = {}
+    kept: dict[tuple[Any, ...], store.Record] = {}
     for record in records:
         key = (record["method"], *sorted((k, str(v)) for k, v in record["settings"].items()))
         if key not in kept or seconds(record) is not None or seconds(kept[key]) is None:
@@ -49,26 +49,26 @@ def last_records(records: Iterable[_records.Record]) -> list[_records.Record]:
     return list(kept.values())
 
 
-def seconds(record: _records.Record) -> float | None:
+def seconds(record: store.Record) -> float | None:
     return record["metrics"].get("seconds")
 
 
-def temp_bytes(record: _records.Record) -> float | None:
+def temp_bytes(record: store.Record) -> float | None:
     return record["metrics"].get("temp_bytes")
 
 
-def to_floor(record: _records.Record) -> float | None:
+def to_floor(record: store.Record) -> float | None:
     """Its time over that of the floor in the same turns."""
     metrics = record["metrics"]
     return metrics["seconds"] / metrics["floor_seconds"] if metrics.get("seconds") else None
 
 
-def cell_of(record: _records.Record) -> Cell:
+def cell_of(record: store.Record) -> Cell:
     return Cell(**{name: record["settings"][name] for name in Cell._fields})
 
 
 def curve(
-    records: Iterable[_records.Record], method: str, what: str, factor: str, base: Cell, value: Value
+    records: Iterable[store.Record], method: str, what: str, factor: str, base: Cell, value: Value
 ) -> tuple[np.ndarray, np.ndarray]:
     """The values of one method along one sweep, by increasing factor."""
     points = sorted(
@@ -99,7 +99,7 @@ def slope(x: np.ndarray, y: np.ndarray) -> float | None:
 # The sections.
 
 
-def sections(records: Sequence[_records.Record]) -> list[Section]:
+def sections(records: Sequence[store.Record]) -> list[Section]:
     measured = [r for r in records if r["settings"]["what"] in WHATS]
     models = [m for m in BASE if m not in OPTIONS and any(r["settings"]["model"] == m for r in measured)]
     parts = [introduction(records)]
@@ -111,7 +111,7 @@ def sections(records: Sequence[_records.Record]) -> list[Section]:
     return parts
 
 
-def introduction(records: Sequence[_records.Record]) -> Section:
+def introduction(records: Sequence[store.Record]) -> Section:
     machine = records[-1]["machine"]
     versions = ", ".join(f"{name} {number}" for name, number in records[-1]["versions"].items())
     return Section(
@@ -129,7 +129,7 @@ def introduction(records: Sequence[_records.Record]) -> Section:
     )
 
 
-def model_section(records: Sequence[_records.Record], model: str) -> Section:
+def model_section(records: Sequence[store.Record], model: str) -> Section:
     base = BASE[model]
     rows = []
     for method in METHODS:
@@ -149,7 +149,7 @@ def model_section(records: Sequence[_records.Record], model: str) -> Section:
     )
 
 
-def slopes_table(records: Sequence[_records.Record], base: Cell) -> Table:
+def slopes_table(records: Sequence[store.Record], base: Cell) -> Table:
     """Fitted along the sweeps of steps and depth: p in value ~ factor^p, and b in value ~ a + b factor."""
     header, rows = ["slopes of `gradient`"], []
     for short in ("K", "depth"):
@@ -180,7 +180,7 @@ class Claim(NamedTuple):
     holds: bool | None
 
 
-def paper_section(records: Sequence[_records.Record]) -> Section:
+def paper_section(records: Sequence[store.Record]) -> Section:
     formulas = Table(
         ["per step of the linear solver", "time", "memory"],
         [
@@ -209,7 +209,7 @@ def paper_section(records: Sequence[_records.Record]) -> Section:
     )
 
 
-def claims(records: Sequence[_records.Record], base: Cell) -> list[Claim]:
+def claims(records: Sequence[store.Record], base: Cell) -> list[Claim]:
     """The table's statements that the sweeps can decide."""
 
     def fit(
@@ -271,7 +271,7 @@ def _near_one(p: float) -> bool:
     return abs(p - 1) <= 0.1
 
 
-def targets_section(records: Sequence[_records.Record]) -> Section:
+def targets_section(records: Sequence[store.Record]) -> Section:
     """The figures that the project promises, where they were measured."""
     results = {(r["method"], r["settings"]["what"], cell_of(r)): r for r in records}
 
@@ -307,7 +307,7 @@ def targets_section(records: Sequence[_records.Record]) -> Section:
     return Section("Targets", [Table(["figure", "measured", "target", ""], rows)] if rows else [])
 
 
-def options_section(records: Sequence[_records.Record]) -> Section:
+def options_section(records: Sequence[store.Record]) -> Section:
     """The same perceptron with rematerialised layers, and in bfloat16."""
     cell = BASE[OPTIONS[0]]._replace(model="mlp")
     found = {(r["method"], r["settings"]["what"], cell_of(r)): r for r in records}
@@ -330,7 +330,7 @@ def options_section(records: Sequence[_records.Record]) -> Section:
     return Section(f"Options: {title(cell)}", [text, Table([*header, "error, bf16"], rows)])
 
 
-def seeds_section(records: Sequence[_records.Record]) -> Section:
+def seeds_section(records: Sequence[store.Record]) -> Section:
     found = [r for r in records if r["settings"]["what"] == "seeds"]
     if not found:
         return Section("Seeds under vmap", [])
@@ -356,7 +356,7 @@ def seeds_section(records: Sequence[_records.Record]) -> Section:
     )
 
 
-def sweeps_section(records: Sequence[_records.Record]) -> Section:
+def sweeps_section(records: Sequence[store.Record]) -> Section:
     parts: list[str | Table] = []
     for model, base in BASE.items():
         for factor in (f for f in SWEEPS if f in Cell._fields):
@@ -365,9 +365,7 @@ def sweeps_section(records: Sequence[_records.Record]) -> Section:
     return Section("All sweeps", parts)
 
 
-def sweep_tables(
-    records: Sequence[_records.Record], base: Cell, factor: str, what: str, model: str
-) -> list[str | Table]:
+def sweep_tables(records: Sequence[store.Record], base: Cell, factor: str, what: str, model: str) -> list[str | Table]:
     """Time and memory by method along one sweep; nothing if it has a single point."""
     tables = []
     for name, value, scale, form in (("ms", seconds, 1e3, ".1f"), ("MiB", temp_bytes, 2**-20, ".1f")):
@@ -397,7 +395,7 @@ STYLES: Mapping[str, tuple[str, str]] = {
 }
 
 
-def figure(records: Sequence[_records.Record], base: Cell) -> Any:
+def figure(records: Sequence[store.Record], base: Cell) -> Any:
     """Time and memory of a gradient and of a step against steps and depth, in log axes."""
     from matplotlib import rc_context  # noqa: PLC0415
     from matplotlib.figure import Figure  # noqa: PLC0415
@@ -516,7 +514,7 @@ figure {{ margin: 1em 0; }} figure svg {{ max-width: 100%; height: auto; }}
 """
 
 
-def write(records: Iterable[_records.Record], directory: Path) -> list[Path]:
+def write(records: Iterable[store.Record], directory: Path) -> list[Path]:
     """Writes cost.md, cost.png (of the first model) and cost.html.
 
     Raises:
@@ -541,7 +539,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("records", type=Path, help="what benchmarks/cost.py --output has written")
     parser.add_argument("--output-dir", type=Path, help="default: where the records are")
     args = parser.parse_args(argv)
-    for path in write(_records.read(args.records), args.output_dir or args.records.parent):
+    for path in write(store.read(args.records), args.output_dir or args.records.parent):
         print(path)
 
 

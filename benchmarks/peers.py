@@ -29,7 +29,7 @@ import peers_jax
 from peers_problems import STATEMENTS, Case, case
 from turns import times_in_turns
 
-from funcbilevel.tasks import _records
+from funcbilevel.tasks._experiment import store
 
 METHODS = tuple(peers_jax.OURS)
 MODULES = {
@@ -100,7 +100,7 @@ def reference(name: str, method: str, steps: int) -> np.ndarray:
 
 def measure(
     name: str, method: str, peers: Iterable[str], steps: int, repeats: int, clock: str = "wall"
-) -> Iterator[_records.Record]:
+) -> Iterator[store.Record]:
     """One record per peer, and one of ours: error, and median time next to ours in the same turns."""
     exact, sized = reference(name, method, steps), case(name, steps)
     ours = peers_jax.OURS[method](sized)
@@ -148,9 +148,9 @@ def settings_of(name: str, peer: str, steps: int, clock: str) -> dict[str, Any]:
     return {"problem": name, "peer": peer, "steps": steps, "dtype": "float32", "threads": threads, "clock": clock}
 
 
-def _record(method: str, settings: Mapping[str, Any], metrics: Mapping[str, Any], seconds: float) -> _records.Record:
+def _record(method: str, settings: Mapping[str, Any], metrics: Mapping[str, Any], seconds: float) -> store.Record:
     peer = settings["peer"]
-    record = _records.record("peers", method, 0, settings, metrics, seconds)
+    record = store.record("peers", method, 0, settings, metrics, seconds)
     own = {} if peer in (OURS, *STATED) else {peer: installed(peer) or ""}
     torch = {"torch": installed("torch") or ""} if MODULES.get(peer) == "peers_torch" else {}
     record["versions"] = record["versions"] | own | torch
@@ -158,7 +158,7 @@ def _record(method: str, settings: Mapping[str, Any], metrics: Mapping[str, Any]
 
 
 def missing(
-    name: str, method: str, peers: Iterable[str], steps: int, clock: str, done: Iterable[_records.Record]
+    name: str, method: str, peers: Iterable[str], steps: int, clock: str, done: Iterable[store.Record]
 ) -> tuple[str, ...]:
     """The peers that offer the method, are installed, and have no line in `done`."""
     there = [{k: v for k, v in r["settings"].items() if k != "failure"} for r in done if r["method"] == method]
@@ -179,7 +179,7 @@ def run(args: argparse.Namespace) -> None:
         torch.set_num_threads(len(os.sched_getaffinity(0)))
         torch.set_flush_denormal(True)  # as XLA does
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    done = list(_records.read(args.output)) if args.output.exists() else []
+    done = list(store.read(args.output)) if args.output.exists() else []
     work = [
         (name, method, peers)
         for name in args.problems
@@ -190,7 +190,7 @@ def run(args: argparse.Namespace) -> None:
         for name, method, peers in work:
             advance(f"{name}, {method}: {', '.join(peers)}")
             for record in measure(name, method, peers, args.steps, args.repeats, args.clock):
-                _records.append(args.output, record)
+                store.append(args.output, [record])
             jax.clear_caches()
             advance("", 1)
 
@@ -198,7 +198,7 @@ def run(args: argparse.Namespace) -> None:
 # The report.
 
 
-def report(records: Sequence[_records.Record]) -> str:
+def report(records: Sequence[store.Record]) -> str:
     """A Markdown document: ratios per method, summaries, and what did not agree.
 
     Of records with several numbers of steps or threads, those that have them as the last one.
@@ -234,7 +234,7 @@ def report(records: Sequence[_records.Record]) -> str:
     return "\n".join(parts).rstrip() + "\n"
 
 
-def _preamble(records: Sequence[_records.Record]) -> str:
+def _preamble(records: Sequence[store.Record]) -> str:
     machine, settings = records[-1]["machine"], records[-1]["settings"]
     versions: dict[str, str] = {}
     for record in records:
@@ -257,7 +257,7 @@ def _row(*cells: str) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _cell(record: _records.Record | None) -> str:
+def _cell(record: store.Record | None) -> str:
     if record is None:
         return "-"
     metrics = record["metrics"]
@@ -266,7 +266,7 @@ def _cell(record: _records.Record | None) -> str:
     return f"{metrics['ratio']:.2f}" if metrics["agrees"] else f"error {metrics['error']:.0e}"
 
 
-def _complaint(record: _records.Record) -> str:
+def _complaint(record: store.Record) -> str:
     settings, metrics = record["settings"], record["metrics"]
     where = f"{settings['peer']}, {record['method']}, {settings['problem']}"
     if "failure" in settings:
@@ -298,7 +298,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.report is None:
         run(args)
     else:
-        print(report(list(_records.read(args.report))), end="")
+        print(report(list(store.read(args.report))), end="")
 
 
 if __name__ == "__main__":

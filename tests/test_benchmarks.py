@@ -15,7 +15,7 @@ import pytest
 from flax import linen
 from jax.flatten_util import ravel_pytree
 
-from funcbilevel.tasks import _records
+from funcbilevel.tasks._experiment import store
 
 TINY = cost.Cell(depth=1, width=8, batch=16, steps=2)
 
@@ -44,7 +44,7 @@ def test_memory_and_times_go_on_where_they_stopped(tiny, tmp_path):
 
     def run(*more):
         cost.main([*args, *more])
-        return list(_records.read(path))
+        return list(store.read(path))
 
     memory = run("--sweeps", "steps", "--memory-only")
     assert [(r["method"], r["settings"]["steps"]) for r in memory] == [("itd", 2), ("itd", 3)]
@@ -140,7 +140,7 @@ def test_the_command_line_needs_an_output():
 
 def synthetic(method, what, cell, seconds, temp_bytes):
     metrics = {"seconds": seconds, "floor_seconds": 0.5, "temp_bytes": temp_bytes, "compile_seconds": 1.0}
-    return _records.record("cost", method, 0, cost.settings_of(cell, what), metrics, seconds)
+    return store.record("cost", method, 0, cost.settings_of(cell, what), metrics, seconds)
 
 
 def synthetic_sweeps():
@@ -198,7 +198,7 @@ def test_options_leave_the_hypergradient_as_it_is(kind):
 def test_report_is_one_page_with_the_figures_in_it(tmp_path):
     path = tmp_path / "sweeps.jsonl"
     for record in synthetic_sweeps():
-        _records.append(path, record)
+        store.append(path, [record])
     cost_report.main([str(path)])
     markdown, page = ((tmp_path / f"cost.{ending}").read_text(encoding="utf-8") for ending in ("md", "html"))
     assert (tmp_path / "cost.png").stat().st_size > 10_000
@@ -306,7 +306,7 @@ def test_a_peer_counts_if_it_is_right_and_raising_is_a_result(monkeypatch, tmp_p
 def peer_record(peer, problem, ratio, agrees=1.0, **more):
     metrics = {"seconds": ratio, "our_seconds": 1.0, "ratio": ratio, "error": 0.25, "our_error": 1e-7, "agrees": agrees}
     settings = peers.settings_of(problem, peer, 20, "wall") | more
-    return _records.record("peers", "aid-cg", 0, settings, {"agrees": 0.0} if more else metrics, ratio)
+    return store.record("peers", "aid-cg", 0, settings, {"agrees": 0.0} if more else metrics, ratio)
 
 
 def test_report_of_the_peers():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from funcbilevel import cli
-from funcbilevel.tasks import _records
+from funcbilevel.tasks._experiment import store
 
 
 @pytest.mark.parametrize(
@@ -57,19 +57,19 @@ def test_help_is_light():
 def test_records_round_trip(tmp_path):
     path = tmp_path / "metrics.jsonl"
     metrics = {"loss": np.float32(0.5), "finite": np.bool_(True), "broken": np.float64("nan")}
-    first = _records.record("iv", "itd", 1, {"n": 10}, metrics, 1.23456)
-    second = _records.record("iv", "aid-cg", 2, {"n": 10}, {}, 2.0)
-    _records.append(path, first)
-    _records.append(path, second)
-    assert list(_records.read(path)) == [first, second]
+    first = store.record("iv", "itd", 1, {"n": 10}, metrics, 1.23456)
+    second = store.record("iv", "aid-cg", 2, {"n": 10}, {}, 2.0)
+    store.append(path, [first])
+    store.append(path, [second])
+    assert list(store.read(path)) == [first, second]
     assert first["metrics"] == {"loss": 0.5, "finite": 1.0, "broken": None}
     assert first["seconds"] == 1.235
 
 
 def test_records_reject_another_schema(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    _records.append(path, _records.record("iv", "itd", 1, {}, {}, 1.0))
+    store.append(path, [store.record("iv", "itd", 1, {}, {}, 1.0)])
     with path.open("a") as file:
         file.write('{"task": "iv", "loss": 1}\n')
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: .*got task, loss"):
-        list(_records.read(path))
+        list(store.read(path))

@@ -99,6 +99,20 @@ def test_interrupted_by_ctrl_c(tmp_path):
     assert f"results go to {tmp_path}" in output
 
 
+def test_interrupted_by_ctrl_c_outside_of_the_work():
+    """JAX's callback to the garbage collector, for one, swallows a KeyboardInterrupt."""
+    code = (
+        "import os, signal, time\n"
+        "from funcbilevel.tasks._experiment.command import user_errors\n"
+        "with user_errors():\n"
+        "    try:\n        os.kill(os.getpid(), signal.SIGINT)\n        time.sleep(9)\n"
+        "    except KeyboardInterrupt:\n        pass\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    run = subprocess.run([sys.executable, "-c", code], check=False, env=environment, capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (130, "funcbilevel: interrupted.\n")
+
+
 def test_full_disk_keeps_what_was_recorded(tmp_path):
     run = process(tmp_path, "--seeds", "9")
     resource.prlimit(run.pid, resource.RLIMIT_FSIZE, (6000, 6000))
@@ -219,7 +233,7 @@ def test_committed_records_are_readable():
     assert len(directories) > 15
     for directory in directories:
         for path in directory.glob("*.jsonl"):
-            if "-curves" not in path.name and "-features" not in path.name and path.name != "paths.jsonl":
+            if not any(kind in path.name for kind in ("-curves", "-features", "-paths")):
                 assert store.read(path), path
 
 

@@ -14,11 +14,11 @@ from flax import linen
 
 import funcbilevel as fb
 from funcbilevel import cli
-from funcbilevel.tasks import dsprites
 from funcbilevel.tasks._experiment import select, store
 from funcbilevel.tasks._experiment.grid import Unit
 from funcbilevel.tasks._experiment.methods import choices
 from funcbilevel.tasks._experiment.store import Store
+from funcbilevel.tasks.data import dsprites
 from funcbilevel.tasks.iv import CompareIV, RunIV, methods, report, train
 from funcbilevel.tasks.iv import problem as iv
 from funcbilevel.tasks.iv.methods import METHODS, Setting

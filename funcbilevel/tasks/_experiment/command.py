@@ -48,8 +48,11 @@ class Stop(SystemExit):
 
 @contextmanager
 def user_errors() -> Generator[None]:
-    """What the user can mend becomes one sentence and exit code 2; so do warnings about files of records."""
-    with warnings.catch_warnings():
+    """What the user can mend becomes one sentence and exit code 2; so do warnings about files of records.
+
+    Ctrl-C ends the process at once: as KeyboardInterrupt it is lost if Python raises it in a callback of JAX.
+    """
+    with warnings.catch_warnings(), interruptible(lambda: "interrupted."):
         show = warnings.showwarning
 
         def shown(message: Any, category: type[Warning], *place: Any, **more: Any) -> None:

@@ -96,9 +96,9 @@ def description(methods: Methods) -> str:
 
 
 def in_order(methods: Methods, names: Iterable[str]) -> list[str]:
-    """The names each once, in the table's order; behind them those that it does not know."""
-    there = dict.fromkeys(names)
-    return [*(name for name in methods if name in there), *(name for name in there if name not in methods)]
+    """The names each once, in the table's order; behind them those that it does not know, by the alphabet."""
+    there = set(names)
+    return [*(name for name in methods if name in there), *sorted(there - methods.keys())]
 
 
 def colour(methods: Methods, name: str) -> str:

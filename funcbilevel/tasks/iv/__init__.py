@@ -7,7 +7,6 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from funcbilevel.tasks import dsprites
 from funcbilevel.tasks._experiment import methods as _methods
 from funcbilevel.tasks._experiment.command import Task
 from funcbilevel.tasks._experiment.errors import UserError
@@ -15,6 +14,7 @@ from funcbilevel.tasks._experiment.grid import Track, complete
 from funcbilevel.tasks._experiment.options import Options, Sweep
 from funcbilevel.tasks._experiment.select import check_budgets, choose, trial_runs
 from funcbilevel.tasks._experiment.store import Run, Store
+from funcbilevel.tasks.data import dsprites
 from funcbilevel.tasks.iv import report, train
 from funcbilevel.tasks.iv.methods import METHODS, Hyper, Setting
 from funcbilevel.tasks.iv.problem import Norm

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple, TypeAlias
 from flax import linen
 
 import funcbilevel as fb
-from funcbilevel.tasks import dsprites
 from funcbilevel.tasks._experiment.methods import Method, choices, table
 from funcbilevel.tasks._instrumental.formulas import adam
+from funcbilevel.tasks.data import dsprites_floors
 from funcbilevel.tasks.iv.problem import INNER_RIDGE, InstrumentNet, Norm, TreatmentNet, problem
 
 
@@ -117,9 +117,11 @@ METHODS = table(
         _trials("penalty", 100.0, 10.0, 1000.0),
         colour="C6",
     ),
-    Method("kernel-iv", "kernel instrumental regression", dsprites.kernel_iv, always=True, colour="0.4"),
-    Method("two-stage", "two-stage least squares, linear", dsprites.two_stage_floor, always=True, colour="0.6"),
-    Method("least-squares", "ridge regression on pixels", dsprites.least_squares_floor, always=True, colour="0.75"),
+    Method("kernel-iv", "kernel instrumental regression", dsprites_floors.kernel_iv, always=True, colour="0.4"),
+    Method("two-stage", "two-stage least squares, linear", dsprites_floors.two_stage_floor, always=True, colour="0.6"),
+    Method(
+        "least-squares", "ridge regression on pixels", dsprites_floors.least_squares_floor, always=True, colour="0.75"
+    ),
 )
 """`build(features of h, number of h's outputs, **hyper) -> estimator`; of references `build(data, test) -> test MSE`.
 

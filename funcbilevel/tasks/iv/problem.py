@@ -24,8 +24,8 @@ import numpy as np
 from flax import linen
 
 import funcbilevel as fb
-from funcbilevel.tasks import dsprites
 from funcbilevel.tasks._instrumental.formulas import ridge_objective, ridge_regression, with_constant
+from funcbilevel.tasks.data import dsprites
 
 Norm: TypeAlias = Literal["layer", "batch"]
 

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import funcbilevel as fb
-from funcbilevel.tasks import dsprites
 from funcbilevel.tasks._experiment.grid import Track, Unit
 from funcbilevel.tasks._experiment.select import Rule
 from funcbilevel.tasks._experiment.store import Result, Run
 from funcbilevel.tasks._instrumental.formulas import with_constant
+from funcbilevel.tasks.data import dsprites
 from funcbilevel.tasks.iv.methods import METHODS, REFERENCES, Hyper, Setting, Solver, solver
 from funcbilevel.tasks.iv.problem import Arrays, Batch, arrays, problem, second_stage
 
