@@ -48,7 +48,10 @@ from funcbilevel._problem import ParametricProblem as ParametricProblem
 from funcbilevel._problem import Predictor as Predictor
 from funcbilevel._problem import parametrize as parametrize
 from funcbilevel._problem import predictor as predictor
+from funcbilevel._state import state_from_arrays as state_from_arrays
+from funcbilevel._state import state_to_arrays as state_to_arrays
 from funcbilevel._train import NonFiniteError as NonFiniteError
+from funcbilevel._train import StopTraining as StopTraining
 from funcbilevel._train import train as train
 from funcbilevel._variable_projection import variable_projection as variable_projection
 

@@ -139,11 +139,12 @@ def as_float_tree(function: str, name: str, tree: PyTree) -> PyTree:
 
 
 def _as_float_array(function: str, name: str, leaf: Any) -> jax.Array:
+    if _is_typed_key(leaf):
+        raise TypeError(f"{function}: {name} must be an array of floats, got a random key; pass keys as such.")
     try:
         array = jnp.asarray(leaf)
     except (TypeError, ValueError) as error:
-        got = "a random key" if _is_typed_key(leaf) else type(leaf).__name__
-        raise TypeError(f"{function}: {name} must be an array of floats, got {got}.") from error
+        raise TypeError(f"{function}: {name} must be an array of floats, got {type(leaf).__name__}.") from error
     if jnp.issubdtype(array.dtype, jnp.complexfloating):
         raise TypeError(
             f"{function}: {name} must be an array of floats, got dtype {array.dtype}; keep its real and its "

@@ -27,8 +27,10 @@ from funcbilevel._check import (
     check_uses_parameters,
     initial,
     problem_inputs,
+    shapes_key,
     warn_of_assumptions,
 )
+from funcbilevel._data import Form, batch_form
 from funcbilevel._described import describe, described, fields_that_differ
 from funcbilevel._draws import Minibatches, Sampler, check_draws, draw
 from funcbilevel._estimator import Estimator, Hypergradient, InnerSolution, InnerSolve
@@ -77,7 +79,9 @@ def hypergradient(
     Warns:
         UserWarning: outside of jit, where the metrics show that an assumption of the estimator fails: the inner
             solution is not stationary (`inner_gradient_relative` > 0.001), or the batches of `pointwise_adjoint`
-            differ. At trace time, where the inner objective does not see some leaf of inner_params.
+            differ. At trace time: the inner objective does not see some leaf of inner_params; the hypergradient, or its
+            implicit part, is zero whatever the numbers are; in an objective a prediction [n, 1] meets an array [n], so
+            that all pairs of samples are compared.
 
     Example: the derivative of a ridge regression's validation loss by its log-penalty.
         >>> import jax, jax.numpy as jnp, funcbilevel as fb
@@ -119,7 +123,7 @@ def hypergradient(
     if state is None:
         state = estimator.init(init_key, problem, model, start, batch)
     else:
-        check_estimator_state(name, "state", estimator, problem, model, start, batch, state)
+        check_estimator_state(name, "state", estimator, problem, model, start, batch, state, {})
     solve = _inner_solve(problem, model, inner_optimizer, estimator.unroll, lambda _: start, inner_batch, inner_key)
     inner, result = estimator.estimate(problem, model, solve, outer_params, batch, outer_batch, state, estimator_key)
     result = _averaged(problem, outer_params, result)
@@ -144,6 +148,8 @@ class BilevelState(NamedTuple):
         estimator_state: the estimator's warm start.
         key: the random key of the next step.
         outer_model_state: the outer model's non-trainable state.
+        batch_form: what the inner batch that `init` saw looked like, by which `train` tells batches that are not the
+            solver's; static: the keys of a dict without leaves. Empty: not known.
     """
 
     step: jax.Array
@@ -155,6 +161,7 @@ class BilevelState(NamedTuple):
     estimator_state: PyTree
     key: Key
     outer_model_state: ModelState = ()
+    batch_form: Form = ()
 
     def __repr__(self) -> str:
         return fields_that_differ(self)
@@ -247,6 +254,9 @@ def bilevel(
     Raises:
         ValueError, TypeError: here or, where shapes decide, when `init` or `step` is traced; each names the argument.
 
+    Warns:
+        UserWarning: as `hypergradient`, once, when `init` or `step` is traced.
+
     Example:
         >>> import jax, optax, jax.numpy as jnp, funcbilevel as fb
         >>> problem = fb.FunctionalProblem(
@@ -281,6 +291,7 @@ def bilevel(
         check_outer_model(name, outer_model, problem)
     called_on = check_outer_inputs(name, outer_inputs)
     told: set[str] = set()
+    known: dict[str, PyTree] = {}
 
     def seen(
         outer_params: OuterParams, outer_model_state: ModelState, inner_batch: Batch, key: Key
@@ -316,6 +327,7 @@ def bilevel(
         outer_params = as_float_tree("init", "outer_params", outer_params)
         objectives_get = jax.eval_shape(lambda: seen(outer_params, outer_model_state, batch, key)[0])
         model_state: ModelState = ()
+        given = inner_params is not None
         if isinstance(problem, FunctionalProblem):
             assert model is not None
             inputs = problem_inputs("init", problem, batch, "inner_batch")
@@ -330,11 +342,14 @@ def bilevel(
                 "inner_params=<the starting point of the inner level>."
             )
         theta: InnerParams = as_float_tree("init", "inner_params", inner_params)
-        check_parameters("init", problem, model, theta, model_state, batch)
+        if given:
+            check_parameters("init", problem, model, theta, model_state, batch)
         if isinstance(problem, FunctionalProblem) or inner_batch is not None:
             check_inner("init", problem, model, objectives_get, theta, model_state, batch, told)
         check_uses_parameters("init", problem, model, theta, model_state, batch)
         inner = FitState(theta, inner_optimizer.init(theta), model_state)
+        estimator_state = estimator.init(estimator_key, problem, model, inner, batch)
+        known[shapes_key(inner, batch)] = jax.eval_shape(lambda: estimator_state)
         state = BilevelState(
             step=jnp.zeros((), jnp.int32),
             outer_params=outer_params,
@@ -342,9 +357,10 @@ def bilevel(
             model_state=model_state,
             inner_opt_state=inner.opt_state,
             outer_opt_state=outer_optimizer.init(outer_params),
-            estimator_state=estimator.init(estimator_key, problem, model, inner, batch),
+            estimator_state=estimator_state,
             key=key,
             outer_model_state=outer_model_state,
+            batch_form=batch_form(batch),
         )
         return jax.tree.map(_own, state)
 
@@ -360,7 +376,7 @@ def bilevel(
             )
         before = FitState(state.inner_params, state.inner_opt_state, state.model_state)
         warm_start = state.estimator_state
-        check_estimator_state("step", "estimator_state", estimator, problem, model, before, batch, warm_start)
+        check_estimator_state("step", "estimator_state", estimator, problem, model, before, batch, warm_start, known)
 
         def start(f: OuterParams) -> FitState:
             if inner_init is None:
@@ -428,6 +444,7 @@ def bilevel(
             estimator_state=estimator_state,
             key=key,
             outer_model_state=outer_model_state,
+            batch_form=state.batch_form,
         )
         return new_state, metrics
 

@@ -216,8 +216,7 @@ def _dependences(
         raise
     if isinstance(problem, FunctionalProblem):
         objective = _objective(problem, level)
-        message = broadcasts_samples(lambda u: objective(outer_params, u, batch), u, jaxpr)
-        if message:
+        if message := broadcasts_samples(lambda u, batch: objective(outer_params, u, batch), u, batch, jaxpr):
             _warn(told, f"{function}: {level}_objective {message}")
     return name, [any(jax.tree.leaves(leaves)) for leaves in depends]
 
@@ -238,13 +237,15 @@ def _explain(
         def value(omega: OuterParams, u: PyTree) -> Any:
             arguments = (omega, u, batch)
             output = objective(*(arguments[i] for i in order))
-            return jnp.asarray(output[0] if problem.has_aux else output)
+            if problem.has_aux:
+                output = output[0] if isinstance(output, tuple) else None
+            return jnp.asarray(output)
 
         try:
-            value = jax.eval_shape(value, outer_params, u)
+            got = jax.eval_shape(value, outer_params, u)
         except Exception:
             return None
-        return value.shape if jnp.issubdtype(value.dtype, jnp.floating) else None
+        return got.shape if jnp.issubdtype(got.dtype, jnp.floating) else None
 
     right = (0, 1, 2)
     names = ("outer_params", "inner_params" if isinstance(problem, ParametricProblem) else "prediction", "batch")
@@ -255,16 +256,16 @@ def _explain(
         if shape(order) == ():
             as_written = ", ".join(names[i] for i in order)
             what = "fails" if given is None else f"returns shape {given}, not a scalar,"
-            raise type(error)(
+            raise ValueError(
                 f"{function}: {level}_objective {what} when called as ({', '.join(names)}), but returns a scalar when "
                 f"called as ({as_written}): its arguments seem to be swapped; put them in the first order. If they are "
                 f"not, reduce the value, for example with jnp.mean. ({_first_line(error)})"
             ) from error
     if given is None:
-        check_lengths(function, problem, batch, level, error)
+        _check_lengths(function, batch, level, error)
 
 
-def check_lengths(function: str, problem: Problem, batch: Batch, level: str, error: Exception) -> None:
+def _check_lengths(function: str, batch: Batch, level: str, error: Exception) -> None:
     """Raises if leaves of a batch on which something failed differ in their leading axis."""
     leaves = jax.tree_util.tree_flatten_with_path(batch)[0]
     sizes = {f"{level}_batch{at_path(path)}": np.shape(x)[0] for path, x in leaves if np.ndim(x) > 0}
@@ -378,11 +379,19 @@ def check_estimator_state(
     inner: FitState,
     inner_batch: Batch,
     state: PyTree,
+    known: dict[str, PyTree],
 ) -> None:
-    """That a warm start is one of this estimator."""
-    expected = jax.eval_shape(lambda: estimator.init(jax.random.key(0), problem, model, inner, inner_batch))
+    """That a warm start is one of this estimator; `known` spares the tracing of its `init` after the first time."""
+    key = shapes_key(inner, inner_batch)
+    if key not in known:
+        known[key] = jax.eval_shape(lambda: estimator.init(jax.random.key(0), problem, model, inner, inner_batch))
     mend = f"pass what this estimator, {estimator!r}, gave on the same problem, or start afresh."
-    check_shapes(function, argument, state, expected, mend)
+    check_shapes(function, argument, state, known[key], mend)
+
+
+def shapes_key(inner: FitState, inner_batch: Batch) -> str:
+    """On what the shape of an estimator's state depends."""
+    return str(jax.tree.map(np.shape, (inner.params, inner.model_state, inner_batch)))
 
 
 def _check_not_empty(function: str, batch: PyTree, name: str) -> None:
@@ -483,6 +492,26 @@ def warn_of_assumptions(function: str, metrics: dict[str, Any]) -> None:
             stacklevel=3,
         )
     if not metrics.get("adjoint_inputs_match", True):
+        warnings.warn(f"{function}: {INPUTS_DIFFER}", stacklevel=3)
+
+
+def warn_of_run(function: str, metrics: dict[str, Any]) -> None:
+    """The same for a whole run, of which metrics have a leading axis.
+
+    Of its last tenth, and of thirty steps at least: at first no inner level has converged. Less strict, because small
+    batches leave a noise in the gradient.
+    """
+    relative = metrics.get("inner_gradient_relative")
+    if relative is not None and len(relative) >= 30:
+        late = float(np.median(relative[-(len(relative) // 10) :]))
+        if late > 0.05:
+            warnings.warn(
+                f"{function}: the inner solution is not a stationary point of the inner objective: in the last tenth "
+                f"of the run its gradient is {late:.2g} times the size of its terms (inner_gradient_relative), and the "
+                f"estimator takes it for zero. (With small batches it is never zero.) {NOT_STATIONARY}",
+                stacklevel=3,
+            )
+    if not np.all(metrics.get("adjoint_inputs_match", True)):
         warnings.warn(f"{function}: {INPUTS_DIFFER}", stacklevel=3)
 
 

@@ -74,12 +74,12 @@ def call(name: str, parts: Iterable[str], brackets: str = "()") -> str:
 
 def show(value: Any) -> str:
     """A value in few words: numbers as they are, arrays by dtype and shape, functions by name."""
+    if isinstance(value, np.generic):
+        return repr(value.item())
     if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
         return repr(value)
     if isinstance(value, (type, np.dtype)):
         return getattr(value, "__name__", None) or str(value)
-    if isinstance(value, np.generic):
-        return repr(value.item())
     if hasattr(value, "dtype") and hasattr(value, "shape"):
         return f"{value.dtype}[{', '.join(map(str, value.shape))}]"
     if isinstance(value, optax.MultiSteps) or (hasattr(value, "init") and hasattr(value, "update")):

@@ -12,12 +12,11 @@ import jax.scipy.sparse.linalg as sparse
 from funcbilevel._arguments import check_at_least, check_number, check_positive
 from funcbilevel._described import describe, described
 from funcbilevel._tree import (
-    all_finite,
     tree_add_scaled,
     tree_cast,
-    tree_exponent,
-    tree_ldexp,
     tree_norm,
+    tree_scaled,
+    tree_size,
     tree_vdot,
     tree_where,
     working_dtype,
@@ -32,10 +31,10 @@ class LinearSolver(NamedTuple):
     """An approximate solver of A u = b for a symmetric A.
 
     Attributes:
-        solve: `(matvec, rhs, initial) -> solution`; all but `matvec` (A as a function) are pytrees of the structure of
-            inner_params, or `initial` is None: a start at zero, where A need not be applied. Their leaves have one
-            dtype, the widest of those of inner_params and float32 at least, and `rhs` is scaled to a size near one, so
-            that no inner product under- or overflows.
+        solve: `(matvec, rhs, initial) -> solution`; all but `matvec` (A as a function) are pytrees like inner_params
+            (None in place of leaves that the inner objective does not see), or `initial` is None: a start at zero,
+            where A need not be applied. Their leaves have one dtype, the widest of those of inner_params and float32
+            at least, and `rhs` is scaled to a size near one, so that no inner product under- or overflows.
         damping: delta >= 0, added to the diagonal before `solve` sees the matrix.
         description: the call that made it, for `repr`.
     """
@@ -253,25 +252,28 @@ def as_linear_solver(solver: Any) -> LinearSolver:
 
 
 def solve_linear(
-    solver: LinearSolver, matvec: LinearMap, rhs: PyTree, initial: PyTree | None
-) -> tuple[PyTree, Metrics]:
-    """The solution of (A + damping) u = b in `working_dtype`, NaN where A or b holds NaN, and its `linear_metrics`.
+    solver: LinearSolver, matvec: LinearMap, rhs: PyTree, initial: PyTree | None, point: PyTree
+) -> tuple[PyTree, Metrics, PyTree]:
+    """The solution of (A + damping) u = b in `working_dtype`, its `linear_metrics`, and A point.
 
+    NaN, where A or b holds NaN.
     The solver gets b scaled to a size near one, by a power of two, which changes no digit of the result.
     """
-    dtype, exponent = working_dtype(rhs), tree_exponent(rhs)
+    dtype, size = working_dtype(rhs), tree_size(rhs)
 
-    def damped(product: LinearMap) -> LinearMap:
-        return lambda u: tree_add_scaled(product(u), solver.damping, u)
+    def damped(u: PyTree) -> PyTree:
+        return tree_add_scaled(in_working_dtype(matvec, rhs)(u), solver.damping, u)
 
-    b = tree_ldexp(tree_cast(rhs, dtype), -exponent)
-    if initial is not None:
-        start = tree_ldexp(tree_cast(initial, dtype), -exponent)
-        initial = tree_where(all_finite(start), start, jax.tree.map(jnp.zeros_like, start))
-    u = solver.solve(damped(in_working_dtype(matvec, rhs)), b, initial)
-    metrics = linear_metrics(damped(rescaled(matvec, rhs)), b, u, rhs)
-    u = nan_unless(~jnp.isnan(metrics["linear_residual"]), tree_ldexp(u, exponent))
-    return u, metrics
+    b = tree_scaled(tree_cast(rhs, dtype), 1.0 / size)
+    start = None if initial is None else tree_scaled(tree_cast(initial, dtype), 1.0 / size)
+    u = solver.solve(damped, b, start)
+    # Both products by one copy of A in the compiled program.
+    both = jax.tree.map(lambda *xs: jnp.stack(xs), u, tree_cast(point, dtype))
+    products = jax.lax.map(rescaled(matvec, rhs), both)
+    Au, A_point = (jax.tree.map(lambda x, i=i: x[i], products) for i in (0, 1))
+    metrics = linear_metrics(tree_add_scaled(Au, solver.damping, u), b, u, rhs)
+    u = nan_unless(~jnp.isnan(metrics["linear_residual"]), tree_scaled(u, size))
+    return u, metrics, A_point
 
 
 def in_working_dtype(f: LinearMap, like: PyTree) -> LinearMap:
@@ -296,8 +298,8 @@ def rescaled(f: LinearMap, like: PyTree) -> LinearMap:
         return wide
 
     def near_one(t: PyTree) -> PyTree:
-        exponent = tree_exponent(t)
-        return tree_ldexp(wide(tree_ldexp(t, -exponent)), exponent)
+        size = tree_size(t)
+        return tree_scaled(wide(tree_scaled(t, 1.0 / size)), size)
 
     return near_one
 
@@ -311,23 +313,20 @@ def nan_unless(condition: jax.Array, tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: jnp.where(condition, x, jnp.nan), tree)
 
 
-def linear_metrics(matvec: LinearMap, rhs: PyTree, solution: PyTree, like: PyTree = None) -> Metrics:
-    """How good a solution of A u = b is, from one product A u.
+def linear_metrics(product: PyTree, rhs: PyTree, solution: PyTree, like: PyTree = None) -> Metrics:
+    """How good a solution u of A u = b is, from the product A u.
 
     `linear_residual` is |b - A u| / |b|; `linear_converged` whether it is at most the square root of the machine
     epsilon of the narrowest dtype of `like` (or of b), in which A is computed; `linear_curvature` is <u, A u> / <u, u>,
     negative only if A is not positive semidefinite.
     """
     eps = max(float(jnp.finfo(x.dtype).eps) for x in jax.tree.leaves(rhs if like is None else like))
-    product = matvec(solution)
-    size, exponent = tree_norm(rhs), tree_exponent(solution)
-    residual = tree_norm(tree_add_scaled(rhs, -1.0, product)) / jnp.where(size > 0, size, 1.0)
-    u, Au = tree_ldexp(solution, -exponent), tree_ldexp(product, -exponent)
-    norm_squared = tree_vdot(u, u)
+    norm, norm_squared = tree_norm(rhs), tree_vdot(solution, solution)
+    residual = tree_norm(tree_add_scaled(rhs, -1.0, product)) / jnp.where(norm > 0, norm, 1.0)
     return {
         "linear_residual": residual,
         "linear_converged": residual <= eps**0.5,
-        "linear_curvature": tree_vdot(u, Au) / jnp.where(norm_squared > 0, norm_squared, 1.0),
+        "linear_curvature": tree_vdot(solution, product) / jnp.where(norm_squared > 0, norm_squared, 1.0),
     }
 
 
@@ -339,7 +338,7 @@ class CGState(NamedTuple):
         r: its residual b - A u.
         p: the next direction.
         rr: <r, r>.
-        best, best_rr: the solution of the smallest residual so far, and that residual's <r, r>.
+        best, best_rr: the solution of the smallest residual so far, zero included, and that residual's <r, r>.
         largest: the largest curvature <p, A p> / <p, p> along a direction so far.
         positive: whether the last direction's was positive; if not, its step was not made.
     """
@@ -374,10 +373,11 @@ def conjugate_gradients(
         least = tol**2 * tree_vdot(b, b)
         zero = jax.tree.map(jnp.zeros_like, b)
         u, r, rr = zero, b, tree_vdot(b, b)
+        best, best_rr = u, rr
         if initial is not None:
-            residual = tree_add_scaled(b, -1.0, matvec(initial))
-            warm = tree_vdot(residual, residual)
-            u, r, rr = tree_where(jnp.isfinite(warm), (initial, residual, warm), (u, r, rr))
+            u, r = initial, tree_add_scaled(b, -1.0, matvec(initial))
+            rr = tree_vdot(r, r)
+            best, best_rr = tree_where(rr < best_rr, (u, rr), (best, best_rr))
 
         def running(state: CGState) -> jax.Array:
             return (state.steps < num_steps) & (state.rr > least) & state.positive
@@ -395,7 +395,8 @@ def conjugate_gradients(
             best, best_rr = tree_where(after < best_rr, (u, after), (best, best_rr))
             return CGState(steps + 1, u, r, p, after, best, best_rr, largest, positive)
 
-        start = CGState(jnp.zeros((), jnp.int32), u, r, r, rr, u, rr, jnp.zeros_like(rr), jnp.array(True))
+        finite = jnp.isfinite(rr)  # of the start; if not, the answer is zero
+        start = CGState(jnp.zeros((), jnp.int32), u, r, r, rr, best, best_rr, jnp.zeros_like(rr), finite)
         end = jax.lax.while_loop(running, step, start)
         return tree_where(end.positive, end.u, end.best)
 

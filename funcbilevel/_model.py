@@ -430,7 +430,7 @@ def _nnx_filter(trainable: Any) -> Any:
         return trainable
     try:
         predicate = nnx.filterlib.to_predicate(trainable)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise TypeError(
             f"from_nnx: trainable must be an NNX filter, such as nnx.LoRAParam, got {show(trainable)}."
         ) from error

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from funcbilevel._linear_solvers import conjugate_gradients, in_working_dtype, linear_metrics, nan_unless
-from funcbilevel._tree import moments, tree_cast, tree_exponent, tree_ldexp, working_dtype
+from funcbilevel._tree import moments, tree_cast, tree_scaled, tree_size, working_dtype
 from funcbilevel._typing import LinearMap, Metrics, PyTree
 
 
@@ -32,8 +32,8 @@ def ridge_solution(
         W, leaves [p, ...] in float32 at least, NaN where C or rhs holds NaN; and the `linear_metrics` of the
         preconditioned system.
     """
-    dtype, exponent, computed_in = working_dtype((phi, rhs, v)), tree_exponent(rhs), v
-    C, phi, rhs = in_working_dtype(C, v), phi.astype(dtype), tree_ldexp(tree_cast(rhs, dtype), -exponent)
+    dtype, size, computed_in = working_dtype((phi, rhs, v)), tree_size(rhs), v
+    C, phi, rhs = in_working_dtype(C, v), phi.astype(dtype), tree_scaled(tree_cast(rhs, dtype), 1.0 / size)
     v = tree_cast(v, working_dtype(v))
     # Coordinates Z with W = U D Z, where Phi' Phi = U diag(lam) U' and D is diagonal: the system matrix
     # D (U' Phi' C Phi U + ridge) D is the identity if C is a multiple of it. Only coordinates, so held fixed.
@@ -52,8 +52,8 @@ def ridge_solution(
     right = jax.tree.map(lambda D, r: D * jnp.tensordot(U.T, r, 1), D, rhs)
     Z = conjugate_gradients(matvec, right, None, num_steps)
     W = jax.tree.map(lambda D, Z: jnp.tensordot(U, D * Z, 1), D, Z)
-    metrics = linear_metrics(matvec, right, Z, computed_in)
-    return nan_unless(~jnp.isnan(metrics["linear_residual"]), tree_ldexp(W, exponent)), metrics
+    metrics = linear_metrics(matvec(Z), right, Z, computed_in)
+    return nan_unless(~jnp.isnan(metrics["linear_residual"]), tree_scaled(W, size)), metrics
 
 
 def _mean_curvature(C: LinearMap, like: PyTree) -> PyTree:

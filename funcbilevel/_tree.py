@@ -1,6 +1,5 @@
 """Small functions on pytrees of arrays."""
 
-import operator
 from typing import Any
 
 import jax
@@ -18,7 +17,8 @@ def tree_vdot(a: PyTree, b: PyTree) -> jax.Array:
         dtype = jnp.promote_types(jnp.result_type(x, y), jnp.float32)
         return jnp.sum(x.astype(dtype) * y.astype(dtype))
 
-    return jax.tree.reduce(operator.add, jax.tree.map(vdot, a, b))
+    # Summed by one reduction: of a chain of additions XLA compiles a copy into everything that uses the result.
+    return jnp.sum(jnp.stack(jax.tree.leaves(jax.tree.map(vdot, a, b))))
 
 
 def moments(phi: jax.Array, t: jax.Array) -> jax.Array:
@@ -29,10 +29,8 @@ def moments(phi: jax.Array, t: jax.Array) -> jax.Array:
 
 
 def tree_norm(tree: PyTree) -> jax.Array:
-    """Euclidean norm of all leaves together, wherever the norm itself is a number that the dtype holds."""
-    exponent = tree_exponent(tree)
-    unit = tree_ldexp(tree_cast(tree, working_dtype(tree)), -exponent)
-    return jnp.ldexp(jnp.sqrt(tree_vdot(unit, unit)), exponent)
+    """Euclidean norm of all leaves together, in float32 at least."""
+    return jnp.sqrt(tree_vdot(tree, tree))
 
 
 def working_dtype(tree: PyTree) -> Any:
@@ -47,25 +45,26 @@ def tree_cast(tree: PyTree, dtypes: Any) -> PyTree:
     return jax.tree.map(lambda x, y: x.astype(y.dtype), tree, dtypes)
 
 
-def tree_exponent(tree: PyTree) -> jax.Array:
-    """e with 2^e near the largest absolute value: tree / 2^e neither over- nor underflows when it is squared.
+def tree_size(tree: PyTree) -> jax.Array:
+    """A power of two near the largest absolute value: tree / size neither over- nor underflows when it is squared.
 
-    An int32 scalar; 0 if all is zero or not all finite. Held fixed by differentiation.
+    A scalar; 1 if all is zero or not all finite. Held fixed by differentiation.
     """
     dtype = working_dtype(tree)
     sizes = [jnp.max(jnp.abs(x)).astype(dtype) for x in jax.tree.leaves(tree) if x.size]
-    largest = jax.lax.stop_gradient(jnp.max(jnp.stack(sizes))) if sizes else jnp.zeros((), dtype)
+    largest = jax.lax.stop_gradient(jnp.max(jnp.stack(sizes))) if sizes else jnp.ones((), dtype)
+    limit = 2.0 ** (int(jnp.finfo(dtype).maxexp) - 28)  # size and 1 / size are normal numbers
     usual = jnp.isfinite(largest) & (largest > 0)
-    exponent = jnp.frexp(jnp.where(usual, largest, 1.0))[1].astype(jnp.int32)
-    limit = int(jnp.finfo(dtype).maxexp) - 28  # 2^e and 2^-e are normal numbers
-    return jnp.where(usual, jnp.clip(exponent, -limit, limit), 0)
+    largest = jnp.where(usual, jnp.clip(largest, 1.0 / limit, limit), 1.0)
+    bits, mantissa = (jnp.uint32, 23) if dtype == jnp.float32 else (jnp.uint64, 52)
+    exponent = jax.lax.bitcast_convert_type(largest, bits) >> mantissa << mantissa
+    return jax.lax.bitcast_convert_type(exponent, dtype)
 
 
-def tree_ldexp(tree: PyTree, exponent: jax.Array) -> PyTree:
-    """tree * 2^exponent: exact, but for over- and underflow."""
-    scaled = jax.tree.map(lambda x: x * jnp.ldexp(jnp.ones((), x.dtype), exponent), tree)
-    # Of two such products XLA multiplies known factors with one another first, and those under- and overflow.
-    return jax.lax.optimization_barrier(scaled)
+def tree_scaled(tree: PyTree, scale: jax.Array) -> PyTree:
+    """tree * scale."""
+    # Of two such products XLA would multiply known factors with one another first, and those under- and overflow.
+    return jax.lax.optimization_barrier(jax.tree.map(lambda x: x * scale.astype(x.dtype), tree))
 
 
 def tree_add_scaled(a: PyTree, scale: Any, b: PyTree) -> PyTree:
@@ -109,7 +108,7 @@ METRICS = (
     *("inner_objective", "outer_objective", "hypergradient_norm", "explicit_norm", "implicit_norm"),
     *("inner_finite", "adjoint_finite", "outer_finite", "inner_gradient_norm", "inner_gradient_relative"),
     *("linear_residual", "linear_converged", "linear_curvature"),
-    *("adjoint_objective", "adjoint_inputs_match", "penalty_objective"),
+    *("adjoint_objective", "adjoint_inputs_match", "adjoint_inconsistent", "penalty_objective"),
 )
 
 

@@ -10,7 +10,7 @@ from funcbilevel.tasks import (
     _records,
     arm,
     demand,
-    fairness_commands,
+    fairness,
     gates,
     iv_commands,
     pathways,
@@ -23,7 +23,7 @@ from funcbilevel.tasks._experiment.command import Task
 from funcbilevel.tasks._experiment.errors import UserError
 from funcbilevel.tasks._experiment.options import Options
 
-TASKS: tuple[Task, ...] = (arm.TASK, gates.TASK, pathways.TASK)
+TASKS: tuple[Task, ...] = (arm.TASK, fairness.TASK, gates.TASK, pathways.TASK)
 """A new task is one folder and one entry."""
 OLD: dict[str, dict[str, type[_records.Options]]] = {
     "run": {
@@ -31,14 +31,12 @@ OLD: dict[str, dict[str, type[_records.Options]]] = {
         "iv": iv_commands.RunIV,
         "cartpole": rl_commands.RunCartPole,
         "pendulum": rl_commands.RunPendulum,
-        "fairness": fairness_commands.RunFairness,
     },
     "compare": {
         "iv": iv_commands.CompareIV,
         "demand": demand.CompareDemand,
         "schooling": schooling_iv.CompareSchooling,
         "cartpole": rl_commands.CompareCartPole,
-        "fairness": fairness_commands.CompareFairness,
     },
 }
 """Tasks that are not moved to `_experiment` yet."""

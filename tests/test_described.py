@@ -46,7 +46,7 @@ def scaled(factor: float, omega: Any, v: Any, batch: Any) -> Any:
 
 
 PROBLEM = fb.FunctionalProblem(inner, outer)
-LINEAR = fb.from_function(lambda key, x: jnp.zeros((3, 1)), jnp.dot)
+LINEAR = fb.from_function(lambda key, x: jnp.zeros((3, 1)), lambda theta, x: x @ theta)
 BATCH = (jnp.ones((4, 3)), jnp.ones((4, 1)))
 
 
@@ -66,7 +66,8 @@ REPRS: dict[str, Any] = {
     "FunctionalProblem(inner_objective=partial(scaled, 2.0), outer_objective=outer, inputs=inputs)": (
         fb.FunctionalProblem(functools.partial(scaled, 2.0), jax.jit(outer), inputs)
     ),
-    "from_function(<lambda>, dot)": LINEAR,
+    "from_function(<lambda>, <lambda>)": LINEAR,
+    "from_function(features, apply=dot)": fb.from_function(features, apply=jnp.dot),
     "from_linen(Net)": fb.from_linen(Net()),
     "from_linen(Net(width=3), rngs=())": fb.from_linen(Net(3), rngs=()),
     "from_linen(Dense(features=2, kernel_init=zeros))": fb.from_linen(linen.Dense(2, kernel_init=jnp.zeros)),
@@ -105,7 +106,7 @@ REPRS: dict[str, Any] = {
     # On several lines, where one is too short.
     """bilevel(
     FunctionalProblem(inner_objective=inner, outer_objective=outer),
-    from_function(<lambda>, dot),
+    from_function(<lambda>, <lambda>),
     aid(cg(3)),
     inner_optimizer=sgd,
     outer_optimizer=adam,
@@ -118,10 +119,7 @@ REPRS: dict[str, Any] = {
     inner_params=float32[3, 1],
     model_state=(),
     inner_opt_state=(EmptyState(), EmptyState()),
-    outer_opt_state=(
-        ScaleByAdamState(count=int32[], mu=float32[], nu=float32[]),
-        EmptyState(),
-    ),
+    outer_opt_state=(ScaleByAdamState(count=int32[], mu=float32[], nu=float32[]), EmptyState()),
     estimator_state=float32[3, 1],
     key=key<fry>[],
 )""": solver(fb.aid(fb.cg(3))).init(KEY, 1.0, BATCH),

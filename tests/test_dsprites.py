@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from funcbilevel.tasks import dsprites
+from funcbilevel.tasks._experiment.errors import UserError
+from funcbilevel.tasks.data import dsprites, dsprites_floors, fetch
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "dsprite_mat.npy"
 IDS = np.arange(32)
@@ -122,28 +123,44 @@ def test_sources_by_default(source):
 
 def test_load_hearts_rejects_other_files(tmp_path, monkeypatch):
     monkeypatch.setattr(dsprites, "SIZES", (2, 3, 4, 5))
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.npz does not exist; pass the official file"):
+    official_file(tmp_path / "whole.npz", (2, 3, 4, 5))
+    whole = (tmp_path / "whole.npz").read_bytes()
+    middle = len(whole) // 3
+    flipped = bytes([*whole[:middle], whole[middle] ^ 255, *whole[middle + 1 :]])
+    official_file(tmp_path / "key", (2, 3, 4, 5), key="images")
+    official_file(tmp_path / "sizes", (2, 3, 4, 4))
+    np.savez(tmp_path / "grey", imgs=np.full((360, 64, 64), 7, np.uint8))
+    files = {
+        "text.npz": (b"version https://git-lfs.github.com/spec/v1", "is damaged or another file: File is not a zip"),
+        "cut.npz": (whole[:-30], "is damaged or another file: File is not a zip file"),
+        "flipped.npz": (flipped, "is damaged or another file: "),
+        "empty.npz": (b"", "is damaged or another file"),
+        "key.npz": (None, r"has no array imgs, only images\.npy"),
+        "sizes.npz": (None, r"is \[288, 64, 64\] uint8, expected \[360, 64, 64\] uint8"),
+        "grey.npz": (None, "pixels of imgs must be 0 or 1"),
+    }
+    for name, (content, message) in files.items():
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=f"{name}.*{message}.*; pass the official file of dSprites, https"):
+            dsprites.load_hearts(tmp_path / name)
+    with pytest.raises(UserError, match=r"There is no file .*nowhere\.npz; pass the official file"):
         dsprites.load_hearts(tmp_path / "nowhere.npz")
-    (tmp_path / "text.npz").write_text("version https://git-lfs.github.com/spec/v1")
-    with pytest.raises(ValueError, match=r"text\.npz is no \.npz file"):
-        dsprites.load_hearts(tmp_path / "text.npz")
-    official_file(tmp_path / "key.npz", (2, 3, 4, 5), key="images")
-    with pytest.raises(ValueError, match=r"has no array imgs, only images\.npy"):
-        dsprites.load_hearts(tmp_path / "key.npz")
-    official_file(tmp_path / "sizes.npz", (2, 3, 4, 4))
-    with pytest.raises(ValueError, match=r"is \[288, 64, 64\] uint8, expected \[360, 64, 64\] uint8"):
-        dsprites.load_hearts(tmp_path / "sizes.npz")
+    with pytest.raises(UserError, match="is no file; pass the official file"):
+        dsprites.load_hearts(tmp_path)
 
 
 def test_download(tmp_path, monkeypatch):
     home = tmp_path / "home.npz"
     np.savez(home, imgs=np.zeros(3))
+    content = home.read_bytes()
     monkeypatch.setattr(dsprites, "URL", home.as_uri())
+    monkeypatch.setattr(dsprites, "GIT_BLOB", fetch.git_blob(content))
     path = dsprites.download(tmp_path / "cache")
-    assert path.read_bytes() == home.read_bytes()
-    home.write_bytes(home.read_bytes()[:-30])
+    assert path.read_bytes() == content
+    home.write_bytes(content[:-30])
     assert dsprites.download(tmp_path / "cache") == path  # it is there already
-    with pytest.raises(OSError, match=r"not a whole \.npz file"):
+    with pytest.raises(UserError, match=f"has the checksum [0-9a-f]*, not {dsprites.GIT_BLOB}; try again"):
         dsprites.download(tmp_path / "other")
     assert not list((tmp_path / "other").iterdir())
     assert list((tmp_path / "cache").iterdir()) == [path]
@@ -182,13 +199,31 @@ def test_outcome_matrix(tmp_path, monkeypatch, B):
     assert dsprites.outcome_matrix()[1] == "published file B.npy"
 
 
-@pytest.mark.parametrize("bad", [np.ones((4096, 9)), np.ones(4096), np.full((4096, 10), np.nan)])
+@pytest.mark.parametrize(
+    "bad", [np.ones((4096, 9)), np.ones(4096), np.full((4096, 10), np.nan), np.full((4096, 10), "1")]
+)
 def test_outcome_matrix_rejects(tmp_path, source, bad):
     np.save(tmp_path / "bad.npy", bad)
-    with pytest.raises(ValueError, match=r"B must be finite and \[4096, 10\]"):
+    with pytest.raises(
+        UserError, match=r"bad\.npy .*B must be finite and \[4096, 10\].*; FUNCBILEVEL_DSPRITES_MATRIX or"
+    ):
         dsprites.outcome_matrix(tmp_path / "bad.npy")
     with pytest.raises(ValueError, match=r"B must be finite and \[4096, 10\]"):
         dsprites.generate(2, 0, source, bad)
+
+
+def test_outcome_matrix_rejects_damaged_files(tmp_path, B):
+    np.save(tmp_path / "B.npy", B)
+    np.savez(tmp_path / "archive.npz", B=B)
+    whole = (tmp_path / "B.npy").read_bytes()
+    contents = {"text": b"1 2 3", "empty": b"", "cut": whole[:-100], "zip": b"PK\x03\x04", "header": whole[:9]}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    for name in (*contents, "archive.npz"):
+        with pytest.raises(UserError, match=f"{name} is damaged or another file: .+; FUNCBILEVEL_DSPRITES_MATRIX or"):
+            dsprites.outcome_matrix(tmp_path / name)
+    with pytest.raises(UserError, match=r"There is no file .*nowhere; FUNCBILEVEL_DSPRITES_MATRIX or --matrix must"):
+        dsprites.outcome_matrix(tmp_path / "nowhere")
 
 
 def test_structural_is_the_formula(B):
@@ -279,7 +314,7 @@ def mean_mse(data, test):
 
 def test_confounding_ruins_least_squares(small):
     data, test = small
-    mse = dsprites.least_squares_floor(data, test)
+    mse = dsprites_floors.least_squares_floor(data, test)
     assert isinstance(mse, float)
     assert mse > 1.3 * mean_mse(data, test)
 
@@ -288,7 +323,7 @@ def test_kernel_iv_beats_the_mean(source, B, small):
     """On average: with few samples the confounder's weight varies much from one to the next."""
     _, test = small
     samples = [dsprites.generate(600, seed, source, B) for seed in range(3)]
-    mse = [dsprites.kernel_iv(data, test) for data in samples]
+    mse = [dsprites_floors.kernel_iv(data, test) for data in samples]
     assert all(isinstance(value, float) for value in mse)
     assert np.mean(mse) < 0.8 * np.mean([mean_mse(data, test) for data in samples])
 
@@ -296,7 +331,7 @@ def test_kernel_iv_beats_the_mean(source, B, small):
 def test_kernel_iv_solves_the_papers_equations(small, monkeypatch):
     data, test = small
     lam = 1e-3
-    monkeypatch.setattr(dsprites, "RIDGES", np.array([lam]))
+    monkeypatch.setattr(dsprites_floors, "RIDGES", np.array([lam]))
 
     def gaussian(a, b, width):
         return np.exp(-np.sum(((a[:, None] - b) / width) ** 2, axis=-1) / 2)
@@ -309,7 +344,7 @@ def test_kernel_iv_solves_the_papers_equations(small, monkeypatch):
     w = k_xx @ np.linalg.solve(gaussian(z, z, z_width) + 100 * lam * np.eye(100), gaussian(z, z2, z_width))
     alpha = np.linalg.solve(w @ w.T + 100 * lam * k_xx, w @ data.y_outer)
     predictions = np.array([gaussian(row[None], x, x_width)[0] @ alpha for row in test.x.astype(float)])
-    assert dsprites.kernel_iv(data, test) == pytest.approx(np.mean((predictions - test.y) ** 2), rel=1e-6)
+    assert dsprites_floors.kernel_iv(data, test) == pytest.approx(np.mean((predictions - test.y) ** 2), rel=1e-6)
 
 
 def test_linear_floors_recover_linear_outcomes():
@@ -324,12 +359,15 @@ def test_linear_floors_recover_linear_outcomes():
     def split(y):
         return dsprites.Data(z[:200], x[:200], y[:200], z[200:], x[200:], y[200:])
 
-    plain = dsprites.least_squares_floor(split(x @ beta + 2), dsprites.Clean(x_test, x_test @ beta + 2))
+    plain = dsprites_floors.least_squares_floor(split(x @ beta + 2), dsprites.Clean(x_test, x_test @ beta + 2))
     assert plain < 1e-6
     # Of beta, two stages see the part in the span of the first stage's rows.
     rows = np.linalg.lstsq(z - z.mean(axis=0), x - x.mean(axis=0))[0]
     beta = rows.T @ rng.normal(size=3)
     y = x @ beta + 3 * confounder
     test = dsprites.Clean(x_test, x_test @ beta)
-    two_stage, least_squares = dsprites.two_stage_floor(split(y), test), dsprites.least_squares_floor(split(y), test)
+    two_stage, least_squares = (
+        dsprites_floors.two_stage_floor(split(y), test),
+        dsprites_floors.least_squares_floor(split(y), test),
+    )
     assert two_stage < 0.2 * least_squares

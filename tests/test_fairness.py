@@ -1,9 +1,8 @@
 """Fair classification: losses and metrics against fairlearn and by hand, the methods' updates, data, and commands."""
 
-import hashlib
 import itertools
 import json
-import os
+import zlib
 from pathlib import Path
 
 import fairlearn.metrics
@@ -11,15 +10,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pandas as pd
 import pytest
 
 import funcbilevel as fb
 from funcbilevel import cli
-from funcbilevel.tasks import _records, fairness, fairness_commands, fairness_data
-from funcbilevel.tasks._experiment import statistics
-from funcbilevel.tasks.fairness import Game, Hyper, Setting
-from funcbilevel.tasks.fairness_data import Batch, Graph
+from funcbilevel.tasks import fairness
+from funcbilevel.tasks._experiment import statistics, store
+from funcbilevel.tasks.data import nba, synthetic
+from funcbilevel.tasks.data.dataset import Batch, Graph
+from funcbilevel.tasks.fairness import losses as loss_functions
+from funcbilevel.tasks.fairness import methods, networks, protocols, report, runs, summary, train
+from funcbilevel.tasks.fairness.problem import Game, Hyper, Setting
 
 ROOT = Path(__file__).parents[1]
 SMALL = Setting((5, 1), (4,), 2, batch_size=20)
@@ -44,7 +45,7 @@ def draw(n=200, num_groups=(2,), seed=0, zero_weights=False):
 @pytest.mark.parametrize("num_groups", [(2,), (4,)])
 def test_metrics_are_those_of_fairlearn(num_groups, zero_weights):
     logits, batch = draw(num_groups=num_groups, zero_weights=zero_weights)
-    measured = fairness.measure(logits, batch, num_groups)
+    measured = loss_functions.measure(logits, batch, num_groups)
     rows = np.asarray(batch.weight) > 0
     y, s = np.asarray(batch.y)[rows], np.asarray(batch.groups)[rows, 0]
     z = np.asarray(logits)[rows]
@@ -80,8 +81,10 @@ def test_metrics_are_those_of_fairlearn(num_groups, zero_weights):
 
 def test_metrics_of_several_attributes_are_the_worst():
     logits, batch = draw(num_groups=(2, 3))
-    both = fairness.measure(logits, batch, (2, 3))
-    apart = [fairness.measure(logits, batch._replace(groups=batch.groups[:, [a]]), (k,)) for a, k in enumerate((2, 3))]
+    both = loss_functions.measure(logits, batch, (2, 3))
+    apart = [
+        loss_functions.measure(logits, batch._replace(groups=batch.groups[:, [a]]), (k,)) for a, k in enumerate((2, 3))
+    ]
     for name in ("dp_gap", "dp_gap_soft", "eo_gap"):
         assert both[name] == max(m[name] for m in apart)
     assert both["worst_group_accuracy"] == min(m["worst_group_accuracy"] for m in apart)
@@ -124,10 +127,10 @@ def by_hand(name, logits, batch, num_groups):
 
 
 @pytest.mark.parametrize("num_groups", [(2,), (4, 2)])
-@pytest.mark.parametrize("name", fairness.LOSSES)
+@pytest.mark.parametrize("name", loss_functions.LOSSES)
 def test_losses_by_hand(name, num_groups):
     logits, batch = draw(60, num_groups, zero_weights=True)
-    loss = fairness.LOSSES[name]
+    loss = loss_functions.LOSSES[name]
     value = float(loss(logits, batch, num_groups))
     assert value == pytest.approx(by_hand(name, logits, batch, num_groups), rel=2e-5)
     assert value > 1e-5
@@ -138,18 +141,18 @@ def test_losses_by_hand(name, num_groups):
     assert loss(logits - 0.1 * gradient / jnp.linalg.norm(gradient), batch, num_groups) < value
 
 
-@pytest.mark.parametrize("name", fairness.LOSSES)
+@pytest.mark.parametrize("name", loss_functions.LOSSES)
 def test_losses_survive_absent_groups(name):
     logits, batch = draw(40, (3,))
     present = batch._replace(groups=jnp.minimum(batch.groups, 1))
-    loss = fairness.LOSSES[name]
+    loss = loss_functions.LOSSES[name]
     with_absent, without = (jax.value_and_grad(loss)(logits, present, (k,)) for k in (3, 2))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), with_absent, without)
     alone = batch._replace(groups=jnp.full_like(batch.groups, 2))
     value, gradient = jax.value_and_grad(loss)(logits, alone, (3,))
     assert np.all(np.isfinite(gradient))
     if name == "worst-group":
-        assert value == pytest.approx(float(fairness.accuracy_loss(logits, batch)), rel=1e-6)
+        assert value == pytest.approx(float(loss_functions.accuracy_loss(logits, batch)), rel=1e-6)
     else:
         assert value == 0.0
     nobody = batch._replace(weight=jnp.zeros(40))
@@ -168,10 +171,10 @@ def draw_classes(k=3, n=90, num_groups=(2,)):
 
 
 @pytest.mark.parametrize("num_groups", [(2,), (4, 2)])
-@pytest.mark.parametrize("name", sorted(fairness.LOSSES.keys() - {"published-parity", "worst-group"}))
+@pytest.mark.parametrize("name", sorted(loss_functions.LOSSES.keys() - {"published-parity", "worst-group"}))
 def test_losses_of_classes_are_means_of_one_against_the_rest(name, num_groups):
     logits, batch = draw_classes(num_groups=num_groups)
-    value = float(fairness.LOSSES[name](logits, batch, num_groups))
+    value = float(loss_functions.LOSSES[name](logits, batch, num_groups))
     p = jax.nn.softmax(logits)
     of_class = [
         by_hand(name, jnp.log(p[:, c] / (1 - p[:, c])), batch._replace(y=batch.y == c), num_groups) for c in range(3)
@@ -185,24 +188,26 @@ def test_cross_entropy_of_classes():
     log_p = np.asarray(logits, float) - np.log(np.exp(np.asarray(logits, float)).sum(axis=1, keepdims=True))
     losses = -log_p[np.arange(90), np.asarray(batch.y, int)]
     on = np.asarray(batch.weight) > 0
-    assert float(fairness.accuracy_loss(logits, batch)) == pytest.approx(losses[on].mean(), rel=1e-5)
+    assert float(loss_functions.accuracy_loss(logits, batch)) == pytest.approx(losses[on].mean(), rel=1e-5)
     s = np.asarray(batch.groups)[:, 0]
     worst = max(losses[on & (s == g)].mean() for g in (0, 1))
-    assert float(fairness.worst_group_loss(logits, batch, (2,))) == pytest.approx(worst, rel=1e-5)
+    assert float(loss_functions.worst_group_loss(logits, batch, (2,))) == pytest.approx(worst, rel=1e-5)
     # A softmax of (0, z) is a sigmoid of z.
     z, two = draw()
     pair = jnp.stack([jnp.zeros_like(z), z], axis=1)
-    np.testing.assert_allclose(fairness.cross_entropies(pair, two.y), fairness.cross_entropies(z, two.y), rtol=2e-5)
-    assert fairness.demographic_parity(pair, two, (2,)) == pytest.approx(
-        float(fairness.demographic_parity(z, two, (2,))), rel=1e-4
+    np.testing.assert_allclose(
+        loss_functions.cross_entropies(pair, two.y), loss_functions.cross_entropies(z, two.y), rtol=2e-5
+    )
+    assert loss_functions.demographic_parity(pair, two, (2,)) == pytest.approx(
+        float(loss_functions.demographic_parity(z, two, (2,))), rel=1e-4
     )
     with pytest.raises(ValueError, match=r"two classes, \[n\], got shape \(200, 2\)"):
-        fairness.published_demographic_parity(pair, two, (2,))
+        loss_functions.published_demographic_parity(pair, two, (2,))
 
 
 def test_metrics_of_classes_are_those_of_fairlearn():
     logits, batch = draw_classes(4, 400)
-    measured = fairness.measure(logits, batch, (2,))
+    measured = loss_functions.measure(logits, batch, (2,))
     rows = np.asarray(batch.weight) > 0
     y, s, z = np.asarray(batch.y)[rows], np.asarray(batch.groups)[rows, 0], np.asarray(logits)[rows]
     label, p = z.argmax(axis=1), np.asarray(jax.nn.softmax(z))
@@ -235,9 +240,9 @@ def test_metrics_of_classes_are_those_of_fairlearn():
     ],
 )
 def test_position(position, names):
-    row = fairness.layers((8, 1), (4, 1), position)
+    row = networks.layers((8, 1), (4, 1), position)
     assert [name for name, _ in row] == names
-    params = fairness.MLP(row).init(jax.random.key(0), jnp.ones((2, 3)))["params"]
+    params = networks.MLP(row).init(jax.random.key(0), jnp.ones((2, 3)))["params"]
     widths = [3, *(width for _, width in row)]
     assert [params[name]["kernel"].shape for name in names] == list(itertools.pairwise(widths))
 
@@ -258,21 +263,21 @@ def test_position(position, names):
 )
 def test_bad_layers(args, message):
     with pytest.raises(ValueError, match=message):
-        fairness.layers(*args)
+        networks.layers(*args)
 
 
 def test_networks_and_their_parts():
-    row = fairness.layers((6, 1), (5,), 2)
+    row = networks.layers((6, 1), (5,), 2)
     rng = np.random.default_rng(0)
     edges = rng.integers(7, size=(12, 2))
-    graph = Graph(jnp.asarray(rng.normal(size=(7, 3)), jnp.float32), jnp.asarray(fairness_data.normalised(edges, 7)))
-    inputs = {fairness.MLP: jnp.ones((4, 3)), fairness.CNN: jnp.ones((4, 8, 8, 2)), fairness.GCN: graph}
+    graph = Graph(jnp.asarray(rng.normal(size=(7, 3)), jnp.float32), jnp.asarray(nba.normalised(edges, 7)))
+    inputs = {networks.MLP: jnp.ones((4, 3)), networks.CNN: jnp.ones((4, 8, 8, 2)), networks.GCN: graph}
     for kind, x in inputs.items():
-        network = fairness.network(x, row)
+        network = networks.network(x, row)
         assert isinstance(network, kind)
         params = network.init(jax.random.key(0), x)
-        assert network.apply(params, x).shape == (7 if kind is fairness.GCN else 4,)
-        _, follower, _ = fb.partition(params, fairness.is_followers)
+        assert network.apply(params, x).shape == (7 if kind is networks.GCN else 4,)
+        _, follower, _ = fb.partition(params, networks.is_followers)
         assert [leaf.shape[-1] for leaf in jax.tree.leaves(follower)] == [5, 5]
     # A graph's nodes in another order: the same logits in that order. Neighbours matter, strangers do not.
     logits = network.apply(params, graph)
@@ -284,12 +289,12 @@ def test_networks_and_their_parts():
 
 
 def test_attention_over_columns():
-    row = fairness.layers((6, 3), (4,), 2, 3, "fairness_0")
+    row = networks.layers((6, 3), (4,), 2, 3, "fairness_0")
     assert row == (("accuracy_0", 6), ("fairness_0_attention", 4), ("accuracy_1", 3))
     x = jnp.asarray(np.random.default_rng(0).normal(size=(5, 2)), jnp.float32)
-    network = fairness.network(x, row)
+    network = networks.network(x, row)
     params = network.init(jax.random.key(0), x)
-    _, follower, _ = fb.partition(params, fairness.is_followers)
+    _, follower, _ = fb.partition(params, networks.is_followers)
     assert len(jax.tree.leaves(follower)) == 2 + 4 * 2  # u, v; kernel and bias of query, key, value, output
     # By hand, the columns being the six units of the first layer.
     p = jax.tree.map(lambda leaf: np.asarray(leaf, float), params["params"])
@@ -307,15 +312,7 @@ def test_attention_over_columns():
     expected = np.maximum(out.mean(axis=1), 0) @ p["accuracy_1"]["kernel"] + p["accuracy_1"]["bias"]
     np.testing.assert_allclose(network.apply(params, x), expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match=r"columns of features \[n, d\], got inputs \(4, 8, 8, 2\)"):
-        fairness.network(jnp.ones((4, 8, 8, 2)), row)
-
-
-def test_normalised_adjacency():
-    a = fairness_data.normalised(np.array([[0, 1], [1, 0], [1, 2]]), 4)
-    expected = np.array([[1, 1, 0, 0], [1, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 1]]) / np.sqrt(
-        np.outer(*2 * ([2, 3, 2, 1],))
-    )
-    np.testing.assert_allclose(a, expected, rtol=1e-6)
+        networks.network(jnp.ones((4, 8, 8, 2)), row)
 
 
 # Updates.
@@ -333,9 +330,9 @@ def recorder(rate):
 def play_solver(method, setting):
     """The solver of `play`."""
     _, batch = draw(30)
-    logits = fairness.logits_of(fairness.layers(*setting[:3]), batch.x)
-    unfair = lambda z, batch: fairness.demographic_parity(z, batch, (2,))
-    return fairness.METHODS[method](Game(logits, unfair, RATES, setting, recorder(0.1), recorder(0.2)))
+    logits = networks.logits_of(networks.layers(*setting[:3]), batch.x)
+    unfair = lambda z, batch: loss_functions.demographic_parity(z, batch, (2,))
+    return methods.METHODS[method].build(Game(logits, unfair, RATES, setting, recorder(0.1), recorder(0.2)))
 
 
 def play(method, hyper=RATES, setting=SMALL, steps=1, rates=(0.1, 0.2)):
@@ -343,17 +340,17 @@ def play(method, hyper=RATES, setting=SMALL, steps=1, rates=(0.1, 0.2)):
     _, batch = draw(30)
     dtype = jnp.result_type(float)
     batch = batch._replace(x=batch.x.astype(dtype), y=batch.y.astype(dtype), weight=batch.weight.astype(dtype))
-    network = fairness.network(batch.x, fairness.layers(*setting[:3]))
+    network = networks.network(batch.x, networks.layers(*setting[:3]))
     params = jax.tree.map(lambda p: 3.0 * p, network.init(jax.random.key(0), batch.x))  # else the gap is tiny
-    leader, follower, merge = fb.partition(params, fairness.is_followers)
+    leader, follower, merge = fb.partition(params, networks.is_followers)
     logits = lambda omega, theta, x: network.apply(merge(omega, theta), x)
-    unfair = lambda z, batch: fairness.demographic_parity(z, batch, (2,))
+    unfair = lambda z, batch: loss_functions.demographic_parity(z, batch, (2,))
     game = Game(logits, unfair, hyper, setting, *(recorder(rate) for rate in rates))
-    solver = fairness.METHODS[method](game)
+    solver = methods.METHODS[method].build(game)
     state = solver.init(jax.random.key(1), leader, None, follower)
     for _ in range(steps):
         state, metrics = jax.jit(solver.step)(state, batch, batch)
-    accuracy = lambda omega, theta: fairness.accuracy_loss(logits(omega, theta, batch.x), batch)
+    accuracy = lambda omega, theta: loss_functions.accuracy_loss(logits(omega, theta, batch.x), batch)
     unfairness = lambda omega, theta: unfair(logits(omega, theta, batch.x), batch)
     assert np.isfinite(metrics["outer_objective"]) or np.inf in hyper
     return accuracy, unfairness, leader, follower, state
@@ -435,30 +432,30 @@ def test_a_level_that_breaks_alone_does_not_hold_up_the_level_below(update):
 
 # Several followers.
 
-TWO = Setting((5, 1), (4, 3), 2, followers="together", losses=(fairness.Loss("demographic-parity"),) * 2)
+TWO = Setting((5, 1), (4, 3), 2, followers="together", losses=(loss_functions.Loss("demographic-parity"),) * 2)
 
 
 def play_followers(setting, scale=1.0, steps=1, optimizer=None):
     """As `play`, of a follower with parity and one with `scale` times equalized odds."""
     _, batch = draw(30)
-    network = fairness.network(batch.x, setting.row)
+    network = networks.network(batch.x, setting.row)
     params = jax.tree.map(lambda p: 2.0 * p, network.init(jax.random.key(0), batch.x))
-    leader, follower, merge = fb.partition(params, fairness.is_followers)
+    leader, follower, merge = fb.partition(params, networks.is_followers)
     logits = lambda omega, theta, x: network.apply(merge(omega, theta), x)
     losses = (
-        lambda z, batch: fairness.demographic_parity(z, batch, (2,)),
-        lambda z, batch: scale * fairness.equalized_odds(z, batch, (2,)),
+        lambda z, batch: loss_functions.demographic_parity(z, batch, (2,)),
+        lambda z, batch: scale * loss_functions.equalized_odds(z, batch, (2,)),
     )
     if optimizer is None:
-        optimizer = fairness.of_followers(optax.sgd(0.2), setting)
+        optimizer = train.of_followers(optax.sgd(0.2), setting)
     hyper = Hyper(eta=30.0, follower_accuracy=0.5)
-    game = Game(logits, fairness.sum_of(losses), hyper, setting, optax.sgd(0.1), optimizer, losses)
-    solver = fairness.METHODS["alternating"](game)
+    game = Game(logits, loss_functions.sum_of(losses), hyper, setting, optax.sgd(0.1), optimizer, losses)
+    solver = methods.METHODS["alternating"].build(game)
     state = solver.init(jax.random.key(1), leader, None, follower)
     for _ in range(steps):
         state, metrics = jax.jit(solver.step)(state, batch, batch)
     assert metrics["inner_finite"]
-    accuracy = lambda omega, theta: fairness.accuracy_loss(logits(omega, theta, batch.x), batch)
+    accuracy = lambda omega, theta: loss_functions.accuracy_loss(logits(omega, theta, batch.x), batch)
     objectives = [
         lambda omega, theta, j=j: 30.0 * losses[j](logits(omega, theta, batch.x), batch) + 0.5 * accuracy(omega, theta)
         for j in (0, 1)
@@ -491,7 +488,7 @@ def test_no_follower_reaches_the_layers_of_others(order):
     setting = TWO._replace(followers=order)
     turns = lambda j, rate: optax.transforms.conditionally_mask(optax.sgd(rate), lambda step: step % 2 == j)
     each = turns if order == "round-robin" else lambda j, rate: optax.sgd(rate)
-    optimizer = optax.partition({0: each(0, 0.2), 1: each(1, 0.0)}, lambda theta: fairness.followers_of(theta, 2))
+    optimizer = optax.partition({0: each(0, 0.2), 1: each(1, 0.0)}, lambda theta: networks.followers_of(theta, 2))
     results = [play_followers(setting, scale, optimizer=optimizer)[-2:] for scale in (1.0, 1e6)]
     for name in ("outer_params", "inner_params"):
         jax.tree.map(np.testing.assert_array_equal, *(getattr(state, name) for _, state in results))
@@ -502,16 +499,16 @@ def test_no_follower_reaches_the_layers_of_others(order):
 
 def test_one_follower_has_the_sum_of_the_losses():
     logits, batch = draw(60, (2, 3))
-    losses = (fairness.Loss("demographic-parity", 1), fairness.Loss("equalized-odds"))
-    value = fairness.sum_of(fairness.losses_of(losses, (2, 3)))(logits, batch)
+    losses = (loss_functions.Loss("demographic-parity", 1), loss_functions.Loss("equalized-odds"))
+    value = loss_functions.sum_of(loss_functions.losses_of(losses, (2, 3)))(logits, batch)
     by_race = by_hand("demographic-parity", logits, batch._replace(groups=batch.groups[:, [1]]), (3,))
     assert float(value) == pytest.approx(by_race + by_hand("equalized-odds", logits, batch, (2, 3)), rel=1e-5)
 
 
 def test_the_last_follower_has_the_remaining_layers():
     theta = {"params": {f"fairness_{i}": {"kernel": jnp.ones(1)} for i in range(3)}}
-    assert jax.tree.leaves(fairness.followers_of(theta, 2)) == [0, 1, 1]
-    assert jax.tree.leaves(fairness.followers_of(theta, 3)) == [0, 1, 2]
+    assert jax.tree.leaves(networks.followers_of(theta, 2)) == [0, 1, 1]
+    assert jax.tree.leaves(networks.followers_of(theta, 3)) == [0, 1, 2]
 
 
 def test_lagrangian_is_gradient_descent_on_one_objective():
@@ -552,7 +549,7 @@ def test_simultaneous_shares_the_forward_pass():
     _, batch = draw(30)
 
     def products(method, update):
-        compiled = fairness.program(method, SMALL._replace(update=update, batch_size=None), (2,))
+        compiled = train.program(method, SMALL._replace(update=update, batch_size=None), (2,))
         hyper, keys = jax.tree.map(lambda x: jnp.array([x]), RATES), jax.random.split(jax.random.key(0), 1)
         states = compiled.init(keys, hyper, batch)
         text = compiled.epochs.lower(states, hyper, keys, batch, 0, 1).as_text()
@@ -570,17 +567,18 @@ def test_simultaneous_shares_the_forward_pass():
 
 @pytest.fixture(scope="module")
 def data():
-    return fairness_data.synthetic(n=160)
+    return synthetic.load(n=160)
 
 
 def test_cells_of_a_sweep_are_the_runs_by_themselves(data):
     method = "alternating"
     hypers = [Hyper(1.0, 0.01, 0.01), Hyper(20.0, 0.003, 0.02)]
-    together = fairness.sweep(method, SMALL, data, hypers, [3, 4], 3, chunk=2)
-    assert [(cell.hyper, cell.seed) for cell in together.cells] == [(h, s) for h in hypers for s in (3, 4)]
-    assert fairness.program(method, SMALL, (2,)).epochs._cache_size() == 1  # two chunks of different length
+    pairs = list(itertools.product(hypers, (3, 4)))
+    together = train.sweep(method, SMALL, data, pairs, 3, chunk=2)
+    assert [(cell.hyper, cell.seed) for cell in together.cells] == pairs
+    assert train.program(method, SMALL, (2,)).epochs._cache_size() == 1  # two chunks of different length
     cell = together.cells[3]
-    (alone,) = fairness.sweep(method, SMALL, data, [cell.hyper], [cell.seed], 3, chunk=3).cells
+    (alone,) = train.sweep(method, SMALL, data, [(cell.hyper, cell.seed)], 3, chunk=3).cells
     assert alone.metrics.keys() == cell.metrics.keys()
     assert all(cell.metrics[k] == pytest.approx(v, rel=2e-3, abs=2e-3) for k, v in alone.metrics.items())
     objectives = [cell.metrics["outer_objective"] for cell in together.cells]
@@ -590,7 +588,9 @@ def test_cells_of_a_sweep_are_the_runs_by_themselves(data):
 
 def test_training_learns_and_eta_narrows_the_gap(data):
     setting = SMALL._replace(batch_size=None)
-    cells = fairness.sweep("lagrangian", setting, data, [Hyper(0.0, 0.02), Hyper(100.0, 0.02)], [0, 1], 60).cells
+    cells = train.sweep(
+        "lagrangian", setting, data, [(Hyper(eta, 0.02), seed) for eta in (0.0, 100.0) for seed in (0, 1)], 60
+    ).cells
     plain, fair = ([cell.metrics for cell in cells if cell.hyper.eta == eta] for eta in (0.0, 100.0))
     mean = lambda group, name: np.mean([metrics[name] for metrics in group])
     assert mean(plain, "outer_objective") < 0.6
@@ -599,10 +599,10 @@ def test_training_learns_and_eta_narrows_the_gap(data):
 
 def test_separate_inner_batch_and_decay(data):
     setting = SMALL._replace(inner_batch_size=30, leader_decay=0.5, follower_decay=0.0, decay_epochs=1, inner_steps=2)
-    (cell,) = fairness.sweep("alternating", setting, data, [Hyper(1.0, 0.01, 0.01)], [0], 3, chunk=1).cells
+    (cell,) = train.sweep("alternating", setting, data, [(Hyper(1.0, 0.01, 0.01), 0)], 3, chunk=1).cells
     assert cell.metrics["inner_finite"] == 1.0
     # Four steps make an epoch; after it the follower's rate is zero and the leader's halved, so it goes on alone.
-    longer = fairness.sweep("alternating", setting, data, [Hyper(1.0, 0.01, 0.01)], [0], 1, chunk=1).cells[0]
+    longer = train.sweep("alternating", setting, data, [(Hyper(1.0, 0.01, 0.01), 0)], 1, chunk=1).cells[0]
     assert cell.curves["outer_objective"][0] == pytest.approx(longer.metrics["outer_objective"])
 
 
@@ -618,13 +618,13 @@ def test_separate_inner_batch_and_decay(data):
         ("alternating", TWO._replace(update="simultaneous"), "got alternating with the simultaneous one"),
         ("alternating", TWO._replace(losses=()), "a fairness layer for each of them, got 0 losses"),
         ("alternating", TWO._replace(fairness_widths=(4,)), r"got 2 losses and fairness_widths \(4,\)"),
-        ("alternating", TWO._replace(losses=(fairness.Loss("odds"),) * 2), "loss must be one of.*got 'odds'"),
+        ("alternating", TWO._replace(losses=(loss_functions.Loss("odds"),) * 2), "loss must be one of.*got 'odds'"),
         ("itd", SMALL._replace(num_classes=3, loss="published-parity"), "published-parity is defined for two classes"),
     ],
 )
 def test_bad_setting(method, setting, message):
     with pytest.raises(ValueError, match=message):
-        fairness.program(method, setting, (2,))
+        train.program(method, setting, (2,))
 
 
 # Fronts.
@@ -647,171 +647,7 @@ def test_the_front_is_selected_on_validation():
     cell = lambda a, g, va, vg: {"accuracy": a, "dp_gap": g, "validation_accuracy": va, "validation_dp_gap": vg}
     # The third looks best on test, but not on validation; the fourth broke.
     cells = [cell(0.8, 0.2, 0.8, 0.2), cell(0.7, 0.1, 0.7, 0.1), cell(0.9, 0.0, 0.6, 0.3), cell(*4 * [np.nan])]
-    assert fairness.selected_hypervolume(cells) == pytest.approx(0.8 * 0.8 + 0.7 * 0.1)
-
-
-# Data.
-
-ROWS = {
-    "adult.data": [
-        "39, State-gov, 77516, Bachelors, 13, Never-married, Adm-clerical, Not-in-family, White, Male, 2174, 0, 40, "
-        "United-States, <=50K",
-        "50, Private, 83311, HS-grad, 9, Divorced, Sales, Husband, Black, Female, 0, 0, 13, Cuba, >50K",
-        "38, ?, 215646, HS-grad, 9, Divorced, Sales, Husband, White, Male, 0, 0, 40, United-States, <=50K",
-        "28, Private, 338409, Masters, 14, Divorced, Sales, Wife, White, Female, 0, 1902, 60, Cuba, >50K",
-        "20, Private, 338409, Masters, 14, Divorced, Sales, Wife, Other, Male, 10, 5, 50, Cuba, <=50K",
-    ],
-    "adult.test": [
-        "90, Never-worked, 226802, Masters, 7, Divorced, Sales, Wife, Black, Male, 0, 0, 40, Cuba, >50K.",
-        "25, Private, 226802, Masters, 7, Divorced, Sales, Wife, Black, Female, 0, 0, 40, ?, <=50K.",
-        "25, Private, 226802, Masters, 7, Divorced, Sales, Wife, Black, Female, 0, 0, 40, Cuba, <=50K.",
-    ],
-}
-
-
-def write_adult(directory, header):
-    for name, rows in ROWS.items():
-        first = [header] if header else ["|1x3 Cross validator"] * (name == "adult.test")
-        (directory / name).write_text("\n".join([*first, *rows, "", ""]))
-    return directory
-
-
-@pytest.mark.parametrize("header", ["", ", ".join([*fairness_data._ADULT_COLUMNS[:-1], "Y"])])
-def test_adult(tmp_path, header):
-    dataset = fairness_data.adult(write_adult(tmp_path, header), ("sex", "race"), validation=0.25)
-    assert [len(part.y) for part in (dataset.train, dataset.validation, dataset.test)] == [3, 1, 2]
-    assert dataset.num_groups == (2, 3)
-    assert dataset.test.y.tolist() == [1.0, 0.0]
-    assert dataset.test.groups.tolist() == [[1, 0], [0, 0]]  # Female, Male; Black, Other, White
-    # five numbers, sex in one column, and 2 + 3 + 2 + 2 + 3 + 3 + 2 categories
-    assert dataset.train.x.shape[1] == 5 + 1 + 17
-    assert np.min(dataset.train.x) == 0.0
-    assert np.max(dataset.train.x) == 1.0
-    ages = np.array([39, 50, 28, 20])
-    kept = sorted(fairness_data.split(4, (0.25,), 0)[1].tolist())
-    low, high = ages[kept].min(), ages[kept].max()
-    assert dataset.test.x[0, 0] == pytest.approx((90 - low) / (high - low))  # scaled by the training part alone
-    assert np.sum(dataset.test.x[0, 5:] != 0) == 7  # "Never-worked" is unknown: eight categories less one
-    assert np.sum(dataset.test.x[1, 5:] != 0) == 7  # "Female" is the zero of its column
-
-
-def test_adult_education(tmp_path):
-    dataset = fairness_data.adult(write_adult(tmp_path, ""), ("race",), validation=0.25, label="education")
-    assert dataset.name == "adult-education"
-    assert (dataset.num_classes, dataset.num_groups) == (4, (3,))
-    labels = {39: 3, 50: 1, 28: 3, 20: 3, 90: 0, 25: 0}  # education-num 13, 9, 14, 14, and 7 in adult.test
-    kept = fairness_data.split(4, (0.25,), 0)[1]
-    assert dataset.train.y.tolist() == [list(labels.values())[i] for i in kept]
-    assert dataset.test.y.tolist() == [0.0, 0.0]
-    # income, four numbers, sex in one column, and 2 + 3 + 2 + 3 + 3 + 2 categories without the education's 3
-    assert dataset.train.x.shape[1] == 1 + 4 + 1 + 14
-    assert dataset.test.x[:, 0].tolist() == [1.0, 0.0]
-    with pytest.raises(ValueError, match="label must be one of income, education, got 'sex'"):
-        fairness_data.adult(tmp_path, label="sex")
-
-
-def test_adult_elsewhere(tmp_path, monkeypatch):
-    monkeypatch.setenv(fairness_data.ADULT_VARIABLE, str(tmp_path))
-    with pytest.raises(FileNotFoundError, match=r"adult\.data; FUNCBILEVEL_ADULT_DIR must name"):
-        fairness_data.adult()
-    with pytest.raises(ValueError, match=r"attributes must be among workclass.*got \['colour'\]"):
-        fairness_data.adult(attributes=("sex", "colour"))
-    write_adult(tmp_path, "")
-    (tmp_path / "adult.test").write_text(ROWS["adult.test"][0].replace(">50K.", "rich"))
-    with pytest.raises(ValueError, match=r"adult\.test: the last column must be <=50K or >50K, got rich"):
-        fairness_data.adult()
-
-
-def test_fetch_compares_checksums(tmp_path):
-    source, target = tmp_path / "source", tmp_path / "target"
-    source.write_text("data")
-    right = hashlib.sha256(b"data").hexdigest()
-    with pytest.raises(OSError, match=f"has SHA-256 {right}, not 00"):
-        fairness_data.fetch(source.as_uri(), target, "00")
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]
-    fairness_data.fetch(source.as_uri(), target, right)
-    assert target.read_text() == "data"
-    source.unlink()
-    fairness_data.fetch(source.as_uri(), target, right)  # it is there already
-
-
-@pytest.mark.skipif(fairness_data.ADULT_VARIABLE not in os.environ, reason="FUNCBILEVEL_ADULT_DIR is not set")
-def test_the_real_adult():
-    dataset = fairness_data.adult(attributes=("sex", "race"))
-    assert len(dataset.train.y) + len(dataset.validation.y) == 30162
-    assert len(dataset.test.y) == 15060
-    assert dataset.train.x.shape[1] == 102
-    assert dataset.num_groups == (2, 5)
-    gap = fairness.gap(*fairness.group_rates(dataset.test.y, dataset.test.groups[:, 0], 2, dataset.test.weight))
-    assert float(gap) == pytest.approx(0.20, abs=0.01)  # of the labels themselves
-
-
-@pytest.mark.skipif(fairness_data.NBA_VARIABLE not in os.environ, reason="FUNCBILEVEL_NBA_DIR is not set")
-def test_the_real_nba():
-    dataset = fairness_data.nba()
-    weights = np.stack([part.weight for part in (dataset.train, dataset.validation, dataset.test)])
-    assert weights.sum(axis=1).tolist() == [100, 71, 142]
-    assert weights.sum(axis=0).max() == 1.0
-    assert dataset.train.x.features.shape == (403, 96)
-    assert np.all(np.isfinite(dataset.train.x.features))
-    assert not np.array_equal(fairness_data.nba(seed=1).train.weight, dataset.train.weight)
-
-
-def test_health(tmp_path, monkeypatch):
-    rng, n = np.random.default_rng(0), 60
-    age = rng.integers(9, size=n)
-    columns = {
-        "MemberID_t": np.arange(n),
-        "YEAR_t": np.where(np.arange(n) < 50, "Y3", "Y2"),
-        "DaysInHospital": rng.integers(3, size=n),
-        "trainset": 1,
-        "sexMISS": np.arange(n) == 0,
-        "age_MISS": np.arange(n) == 1,
-        **{f"age_{k}5": age == k for k in range(9)},
-        "sexMALE": np.arange(n) % 2 == 0,
-        "sexFEMALE": np.arange(n) % 2 == 1,
-        **{f"CharlsonIndexI_{s}": np.arange(n) % 4 for s in ("max", "min", "ave", "range", "stdev")},
-        "no_Claims": rng.normal(size=n),
-        "LabCount_total": rng.normal(size=n),
-    }
-    path = tmp_path / "health.csv"
-    pd.DataFrame({name: np.multiply(v, 1) if name != "YEAR_t" else v for name, v in columns.items()}).to_csv(path)
-    monkeypatch.setenv(fairness_data.HEALTH_VARIABLE, str(path))
-    dataset = fairness_data.health()
-    parts = (dataset.train, dataset.validation, dataset.test)
-    assert [len(part.y) for part in parts] == [30, 8, 10]
-    assert dataset.num_groups == (9,)
-    assert sum(float(np.sum(part.y)) for part in parts) == 36 - 0  # of rows 2..49, those with row % 4 != 0
-    assert dataset.train.x.shape[1] == 7  # index, sexMISS, age_MISS, two features, age, sex
-    np.testing.assert_allclose(
-        dataset.train.x[:, -2] * np.ptp(dataset.train.groups) + dataset.train.groups.min(),
-        dataset.train.groups[:, 0],
-        rtol=1e-5,
-    )
-    with pytest.raises(FileNotFoundError, match="cannot be downloaded"):
-        fairness_data.health(tmp_path / "nothing.csv")
-    pd.read_csv(path).drop(columns=["age_45", "YEAR_t"]).to_csv(path)
-    with pytest.raises(ValueError, match="the columns YEAR_t, age_45 are missing"):
-        fairness_data.health()
-
-
-def test_synthetic_groups_go_with_labels():
-    dataset = fairness_data.synthetic(n=4000, bias=1.0)
-    rows = dataset.train
-    gap = fairness.gap(*fairness.group_rates(jnp.asarray(rows.y), jnp.asarray(rows.groups[:, 0]), 2, jnp.ones(2000)))
-    assert 0.3 < float(gap) < 0.6  # sigmoid(1) - sigmoid(-1) = 0.46
-    again = fairness_data.synthetic(n=4000, bias=1.0)
-    jax.tree.map(np.testing.assert_array_equal, again.test, dataset.test)
-
-
-def test_synthetic_classes():
-    dataset = fairness_data.synthetic(n=4000, num_classes=3)
-    assert dataset.num_classes == 3
-    assert np.unique(dataset.train.y).tolist() == [0.0, 1.0, 2.0]
-    rates = [np.mean(dataset.train.groups[dataset.train.y == c]) for c in range(3)]
-    np.testing.assert_allclose(rates, 1 / (1 + np.exp([1.0, 0.0, -1.0])), atol=0.06)
-    with pytest.raises(ValueError, match="num_classes must be at least 2, got 1"):
-        fairness_data.synthetic(num_classes=1)
+    assert summary.selected_hypervolume(cells) == pytest.approx(0.8 * 0.8 + 0.7 * 0.1)
 
 
 # Commands.
@@ -825,12 +661,17 @@ def test_run(tmp_path, capsys):
     output = capsys.readouterr()
     table = output.out.split(str(directory))[1]
     assert max(map(len, table.splitlines())) <= 80
-    for word in ("4000 training, 2000 validation, 2000 test", "6 5* 1", "alternating", "parity gap"):
+    for word in ("4000 training, 2000 validation, 2000 test", "6 5* 1", "alternating", "parity gap", "accuracy alone"):
         assert word in table
     assert "alternating       3 outer steps, accuracy 0." in output.err
     names = ["config.json", "fairness.png", "runs-curves.jsonl", "runs.jsonl"]
-    assert sorted(path.name for path in directory.iterdir()) == names
-    (record,) = _records.read(directory / "runs.jsonl")
+    assert sorted(path.name for path in directory.glob("[!.]*")) == names
+    record, alone = store.read(directory / "runs.jsonl")
+    assert (alone["method"], alone["settings"]["eta"]) == ("single-objective", 0.0)
+    line = next(line for line in table.splitlines() if line.startswith("accuracy "))
+    assert line.split()[1:] == [f"{one['metrics']['accuracy']:.3f}" for one in (record, alone)]
+    of = store.Store(directory, "fairness")
+    assert store.beside(of, "curves")[store.key_of(alone)]["epoch"] == [2.0, 3.0]
     assert record["task"] == "fairness"
     assert record["method"] == "alternating"
     assert record["settings"]["dataset"] == "synthetic"
@@ -846,7 +687,7 @@ def test_run_of_two_followers_on_three_classes_with_attention(tmp_path, capsys):
     table = capsys.readouterr().out
     for text in ("6 4a* 3**", "followers round-robin", "demographic-parity + equalized-odds"):
         assert text in table
-    (record,) = _records.read(tmp_path / "run" / "runs.jsonl")
+    record, _ = store.read(tmp_path / "run" / "runs.jsonl")
     settings = record["settings"]
     assert settings["losses"] == [["demographic-parity", None], ["equalized-odds", None]]
     assert (settings["followers"], settings["attention"], settings["num_classes"]) == ("round-robin", "fairness_0", 3)
@@ -855,17 +696,65 @@ def test_run_of_two_followers_on_three_classes_with_attention(tmp_path, capsys):
     assert 0.3 < record["metrics"]["majority"] < 0.4
 
 
-def test_older_results_are_still_known():
-    """Settings that came later are left out at their defaults: what tells a run from others stays what it was."""
-    dataset = fairness_data.synthetic(n=100)
-    settings = fairness_commands.settings_of(dataset, Setting(), Hyper(), 1)
-    assert not {"losses", "followers", "attention", "num_classes"} & settings.keys()
-    assert fairness_commands.CompareFairness().settings().keys() == {
-        *("dataset", "attributes", "protocol", "num_epochs")
-    }
-    results = fairness_commands.CompareFairness(output_dir=None).settings() | {"task": "fairness"}
-    committed = json.loads((ROOT / "benchmarks/results/fairness/config.json").read_text())
-    assert results.keys() == committed.keys()
+PLANS = [runs.Plan("lagrangian", "lagrangian", Setting(), Hyper())]
+
+
+def test_the_seed_decides_the_data():
+    """The data of every kind, but the division of Adult and Heritage Health, which has an option of its own."""
+    first, again, other = (runs.Source().load(seed) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first.test.x, again.test.x)
+    assert not np.array_equal(first.test.x, other.test.x)
+    drawn = [run for seed in (0, 1) for run in runs.runs(runs.Source(), PLANS, 1, [seed])]
+    assert len({runs.one_program(runs.Source(), run) for run in drawn}) == 2
+    assert len({runs.one_program(runs.Source("adult"), run) for run in drawn}) == 1
+
+
+@pytest.mark.parametrize("division", [0, 3])
+def test_the_division_of_adult(monkeypatch, division):
+    monkeypatch.setattr(runs.adult, "load", lambda path, attributes, seed, label: seed)
+    source = fairness.CompareFairness(division=division, attributes=("sex", "race")).source
+    assert [source.load(seed) for seed in (0, 7)] == [division, division]
+    settings = runs.settings_of(source, Setting(), Hyper(), 1)
+    assert settings.get("division", 0) == division
+    assert settings["attributes"] == ["sex", "race"]
+
+
+COMMITTED = sorted(path.name for path in (ROOT / "benchmarks/results").glob("fairness*"))
+MADE_BY = {
+    "fairness": {
+        "seed": 10,
+        "methods": ("single-objective", "lagrangian", "aid-cg", "alternating", "leaky-alternating", "itd"),
+    },
+    "fairness-nba": {
+        "dataset": "nba",
+        "protocol": "graph",
+        "methods": ("single-objective", "lagrangian", "alternating", "aid-cg"),
+    },
+    "fairness-published": {"protocol": "published", "seeds": 3},
+    "fairness-article": {"protocol": "article", "methods": ("single-objective", "leaky-alternating", "alternating")},
+    "fairness-two-followers": {"protocol": "followers"},
+    "fairness-two-followers-race": {
+        "protocol": "followers",
+        "attributes": ("sex", "race"),
+        "losses": ("demographic-parity@sex", "demographic-parity@race"),
+    },
+}
+
+
+@pytest.mark.parametrize("name", COMMITTED)
+def test_committed_results_are_known(name):
+    """The command that made them finds nothing to do: settings that came later are left out at their defaults."""
+    options = fairness.CompareFairness(**MADE_BY[name])
+    options.check()
+    committed = ROOT / "benchmarks/results" / name
+    assert store.plain(options.settings() | {"task": "fairness"}) == json.loads((committed / "config.json").read_text())
+    protocol = protocols.PROTOCOLS[options.protocol]
+    plans = protocols.plans(options.variants, options.setting_of, protocol.etas)
+    wanted = runs.runs(options.source, plans, protocol.num_epochs, options.all_seeds)
+    of = store.Store(committed, "fairness")
+    assert store.missing(of, wanted) == []
+    assert len(store.records(of)) == len(wanted)
+    assert len(store.beside(of, "curves")) == len(wanted)
 
 
 @pytest.mark.parametrize(
@@ -873,17 +762,29 @@ def test_older_results_are_still_known():
     [
         (["run", "fairness", "--losses", "parity"], "--losses must be among demographic-parity.*got 'parity'"),
         (["run", "fairness", "--losses", "equalized-odds@race"], r"one of the --attributes of adult, here \(none\)"),
-        (["run", "fairness", "--num-classes", "1"], "--num-classes must be at least 2.*got 1"),
+        (["run", "fairness", "--num-classes", "1"], "--num-classes must be from 2 to 128.*got 1"),
         (["run", "fairness", "--label", "education"], "--label is that of adult, got education"),
-        (["run", "fairness", "--attention", "accuracy_2"], "attention must name.*accuracy_0, accuracy_1, got"),
-        (["run", "fairness", "--followers", "together"], "followers: together is for method alternating.*got aid-cg"),
-        (["run", "fairness", "--method", "fair"], "--method must be one of single-objective"),
+        (["run", "fairness", "--attention", "accuracy_2"], "--attention must name.*accuracy_0, accuracy_1, got"),
+        (["run", "fairness", "--followers", "together"], "--followers: together is for method alternating.*got aid-cg"),
+        (["run", "fairness", "--method", "fair"], "--method must be among single-objective.*got fair"),
         (["run", "fairness", "--loss", "parity"], "--loss must be one of demographic-parity"),
         (["run", "fairness", "--num-epochs", "0"], "--num-epochs must be at least 1, got 0"),
-        (["run", "fairness", "--position", "5"], "position must be from 1"),
+        (["run", "fairness", "--position", "5"], "--position must be from 1"),
+        (
+            ["run", "fairness", "--accuracy-widths", "0"],
+            "--accuracy-widths and --fairness-widths must hold at least one",
+        ),
+        (["run", "fairness", "--eta", "-1"], "--eta must be at least 0, got -1.0"),
+        (["run", "fairness", "--division", "1"], "--division is that of adult and health, got 1"),
+        (["run", "fairness", "--data", "."], "--data is for adult, health and nba, got it with --dataset synthetic"),
         (["run", "fairness", "--data", "/nowhere"], "--data: there is no /nowhere"),
         (["run", "fairness", "--attributes", "race"], "--attributes are those of adult"),
         (["compare", "fairness", "--methods", "dfiv"], "--methods must be among single-objective.*got dfiv"),
+        (
+            ["compare", "fairness", "--methods", "aid-neumann"],
+            "--methods must be among single.*in protocol pareto, got",
+        ),
+        (["compare", "fairness", "--followers", "together"], "--followers: no method is left with together"),
         (["compare", "fairness", "--seeds", "0"], "--seeds must be at least 1"),
     ],
 )
@@ -893,23 +794,40 @@ def test_bad_options(tmp_path, args, message):
     assert not (tmp_path / "run").exists()
 
 
-def test_compare(tmp_path, capsys, monkeypatch):
+@pytest.fixture
+def drawn(monkeypatch):
+    """Training that only draws what it would measure, by method, setting and seed."""
+
+    def sweep(method, setting, dataset, cells, num_epochs, *, chunk, callback):
+        callback(None, {name: np.full(num_epochs, 0.5) for name in ("outer_objective", "accuracy", "dp_gap")})
+        names = ("accuracy", "dp_gap", "dp_gap_soft", "eo_gap")
+        done = []
+        for hyper, seed in cells:
+            rng = np.random.default_rng(zlib.crc32(repr((method, setting, hyper, seed)).encode()))
+            values = dict(zip([*names, *(f"validation_{name}" for name in names)], rng.uniform(size=8), strict=True))
+            done.append(train.Cell(hyper, seed, values, {name: [0.0] for name in train.CURVES}))
+        return train.Outcome(done, 1.0, 0.1)
+
+    monkeypatch.setattr(runs, "sweep", sweep)
+
+
+def test_compare(tmp_path, capsys, monkeypatch, drawn):
     variants = (
-        fairness_commands.Variant("single-objective"),
-        fairness_commands.Variant("lagrangian", {}, ({"leader_rate": 0.01}, {"leader_rate": 0.003})),
-        fairness_commands.Variant("alternating", {"update": "simultaneous"}),
+        protocols.Variant("single-objective"),
+        protocols.Variant("lagrangian", {}, ({"leader_rate": 0.01}, {"leader_rate": 0.003})),
+        protocols.Variant("alternating", {"update": "simultaneous"}),
     )
-    protocol = fairness_commands.Protocol(SMALL._replace(batch_size=400), variants, (1.0, 30.0), 2, front=True)
-    monkeypatch.setitem(fairness_commands.PROTOCOLS, "pareto", protocol)
+    protocol = protocols.Protocol(SMALL._replace(batch_size=400), variants, (1.0, 30.0), 2)
+    monkeypatch.setitem(protocols.PROTOCOLS, "pareto", protocol)
     directory = tmp_path / "runs"
     args = ["compare", "fairness", "--dataset", "synthetic", "--output-dir", str(directory), "--no-costs"]
     cli.main([*args, "--seeds", "2", "--methods", "lagrangian"])
-    assert len(list(_records.read(directory / "runs.jsonl"))) == 8
+    assert len(list(store.read(directory / "runs.jsonl"))) == 8
     capsys.readouterr()
     cli.main([*args, "--seeds", "2"])
     output = capsys.readouterr()
     assert "lagrangian" not in output.err  # its runs are there
-    records = list(_records.read(directory / "runs.jsonl"))
+    records = list(store.read(directory / "runs.jsonl"))
     assert len(records) == 8 + 2 + 4
     lines = (directory / "table.md").read_text().splitlines()
     labels = [line.split("|")[1].strip() for line in lines[2:]]
@@ -920,23 +838,23 @@ def test_compare(tmp_path, capsys, monkeypatch):
     assert (directory / "fairness.png").stat().st_size > 20_000
     # The table's difference, from the records.
     of = lambda method, seed: [r["metrics"] for r in records if r["method"] == method and r["seed"] == seed]
-    volume = lambda method, seed: fairness.selected_hypervolume(of(method, seed))
+    volume = lambda method, seed: summary.selected_hypervolume(of(method, seed))
     difference = np.mean([volume("single-objective", s) - volume("lagrangian", s) for s in (0, 1)])
     assert lines[2].split("|")[10].strip().startswith(f"{difference:+.4f}")
 
 
-def test_compare_followers(tmp_path, capsys, monkeypatch):
-    protocol = fairness_commands.PROTOCOLS["followers"]
+def test_compare_followers(tmp_path, capsys, monkeypatch, drawn):
+    protocol = protocols.PROTOCOLS["followers"]
     variants = [protocol.variants[i]._replace(hyper=protocol.variants[i].hyper[:1]) for i in (1, 3)]
     assert [variant.label for variant in variants] == ["lagrangian", "alternating, together"]
     few = protocol._replace(setting=TWO._replace(batch_size=1000, losses=protocol.setting.losses, followers="one"))
     few = few._replace(setting=few.setting._replace(accuracy_widths=(5,), fairness_widths=(4, 1)), etas=(1.0, 9.0))
     few = few._replace(variants=(*variants, protocol.variants[4]), num_epochs=1)
-    monkeypatch.setitem(fairness_commands.PROTOCOLS, "followers", few)
+    monkeypatch.setitem(protocols.PROTOCOLS, "followers", few)
     args = ["--dataset", "synthetic", "--protocol", "followers", "--seeds", "2", "--no-costs"]
     args += ["--followers", "one", "together", "--output-dir", str(tmp_path)]
     cli.main(["compare", "fairness", *args])
-    records = list(_records.read(tmp_path / "runs.jsonl"))
+    records = list(store.read(tmp_path / "runs.jsonl"))
     assert [r["settings"].get("followers", "one") for r in records] == 4 * ["one"] + 4 * ["together"]
     table = (tmp_path / "table.md").read_text()
     lines = [line for line in table.splitlines() if line.startswith("| ")][2:]
@@ -958,15 +876,15 @@ def test_compare_followers(tmp_path, capsys, monkeypatch):
 
 
 def test_compare_shows_each_setting_of_a_reproduction(tmp_path, capsys, monkeypatch):
-    article = fairness_commands.PROTOCOLS["article"]
+    article = protocols.PROTOCOLS["article"]
     few = article._replace(setting=SMALL._replace(batch_size=1000, loss="published-parity"), num_epochs=1)
-    few = few._replace(variants=(fairness_commands.Variant("leaky-alternating"),))
-    monkeypatch.setitem(fairness_commands.PROTOCOLS, "article", few)
+    few = few._replace(variants=(protocols.Variant("leaky-alternating"),))
+    monkeypatch.setitem(protocols.PROTOCOLS, "article", few)
     args = ["--dataset", "synthetic", "--protocol", "article", "--seeds", "2", "--output-dir", str(tmp_path)]
     cli.main(["compare", "fairness", *args])
     table = (tmp_path / "table.md").read_text()
     assert [line.split("|")[3].strip() for line in table.splitlines()[2:]] == ["100", "1000"]
-    costs = list(_records.read(tmp_path / "costs.jsonl"))
+    costs = list(store.read(tmp_path / "costs.jsonl"))
     assert [(c["method"], c["settings"]["update"]) for c in costs] == [
         ("lagrangian", "simultaneous"),
         ("alternating", "simultaneous"),
@@ -975,3 +893,18 @@ def test_compare_shows_each_setting_of_a_reproduction(tmp_path, capsys, monkeypa
     assert costs[0]["metrics"]["ratio"] == 1.0
     assert "times the Lagrangian's epoch" in capsys.readouterr().out
     assert json.loads((tmp_path / "config.json").read_text())["protocol"] == "article"
+
+
+def test_the_report_is_of_the_records_alone(tmp_path):
+    """In whatever order they stand; a method that the table does not know is shown below the others."""
+    committed = ROOT / "benchmarks/results/fairness-published"
+    lines = (committed / "runs.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "runs.jsonl").write_text("".join(np.random.default_rng(0).permutation(lines)))
+    made = report.report(tmp_path)  # without its config.json
+    assert made.texts["table.md"] == (committed / "table.md").read_text()
+    changed = [line.replace('"lagrangian"', '"fairest"') for line in lines]
+    (tmp_path / "runs.jsonl").write_text("".join(changed))
+    made = report.report(tmp_path)
+    rows = made.texts["table.md"].splitlines()[2:]
+    assert [row.split("|")[1].strip() for row in rows][-2:] == ["frozen-follower", "fairest"]
+    made.figures["fairness.png"](tmp_path / "fairness.png")

@@ -8,7 +8,11 @@ import pytest
 from funcbilevel import cli
 
 RESULTS = Path(__file__).parents[1] / "benchmarks/results"
-DIRECTORIES = ("arm", "gates", "gates-adult", "pathways")
+DIRECTORIES = (
+    "arm",
+    *("fairness", "fairness-article", "fairness-nba", "fairness-published"),
+    *("fairness-two-followers", "fairness-two-followers-race", "gates", "gates-adult", "pathways"),
+)
 
 
 @pytest.mark.parametrize("name", DIRECTORIES)

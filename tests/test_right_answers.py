@@ -648,3 +648,126 @@ def test_inner_init_is_where_each_outer_step_starts(x64, method):
         if method == "itd":
             F = lambda w: jnp.mean((solution(w) - 1.0) ** 2) + 0.1 * w**2
             np.testing.assert_allclose(state.outer_params, w - 0.1 * jax.grad(F)(w), rtol=1e-12)
+
+
+# NaN that no flag saw, and the level that is to blame.
+
+
+def masked(kind: str) -> Callable[..., Any]:
+    """Finite values with a NaN derivative by the prediction."""
+
+    def outer(w: Any, v: Any, b: Any) -> Any:
+        r = v - jax.lax.stop_gradient(v)
+        trap = (
+            jnp.where(False, jnp.linalg.norm(r), 0.0)
+            if kind == "norm"
+            else jnp.sum(jnp.where(r == 0.0, 0.0, jnp.sqrt(r)))
+        )
+        return jnp.mean((v - 1.0) ** 2) + trap + w**2
+
+    return outer
+
+
+EVERY_ADJOINT = {
+    "linear": fb.funcid(fb.linear_adjoint(lambda theta, x: x)),
+    "learned": fb.funcid(fb.learned_adjoint(optax.sgd(0.1), 2)),
+    "pointwise": fb.funcid(fb.pointwise_adjoint()),
+    "cg": fb.aid(fb.cg(3)),
+    "normal_cg": fb.aid(fb.normal_cg(3)),
+    "gmres": fb.aid(fb.gmres(3)),
+    "neumann": fb.aid(fb.neumann(3, 0.1)),
+    "lineax": fb.aid(lineax.CG(1e-5, 1e-5)),
+    "identity": fb.aid(fb.identity()),
+}
+
+
+def regression(outer: Callable[..., Any]) -> dict[str, Any]:
+    x = jnp.linspace(-1.0, 1.0, 6)[:, None]
+    return {
+        "problem": fb.FunctionalProblem(lambda w, v, b: jnp.mean((v - w * b[0][:, 0]) ** 2), outer),
+        "model": fb.from_function(lambda key, x: jnp.zeros(1), lambda theta, x: x @ theta),
+        "inner_batch": (x,),
+        "outer_batch": (x,),
+    }
+
+
+@pytest.mark.parametrize("kind", ["norm", "root"])
+@pytest.mark.parametrize("method", EVERY_ADJOINT)
+def test_a_nan_derivative_of_a_finite_outer_objective_is_the_outer_level_s(method, kind):
+    case = regression(masked(kind))
+    solver = fb.bilevel(
+        case["problem"],
+        case["model"],
+        EVERY_ADJOINT[method],
+        inner_optimizer=optax.sgd(0.5),
+        outer_optimizer=optax.sgd(0.1),
+        inner_steps=2,
+    )
+    state = solver.init(KEY, 0.5, case["inner_batch"])
+    state = state._replace(
+        estimator_state=jax.tree.map(lambda x: x + 1 if x.dtype == jnp.float32 else x, state.estimator_state)
+    )
+    after, metrics = jax.jit(solver.step)(state, case["inner_batch"], case["outer_batch"])
+    flags = {level: bool(metrics[f"{level}_finite"]) for level in ("inner", "adjoint", "outer")}
+    assert flags == {"inner": True, "adjoint": True, "outer": False}
+    np.testing.assert_array_equal(after.outer_params, 0.5)
+
+
+@pytest.mark.parametrize("method", EVERY_ADJOINT)
+def test_nan_inner_params_are_flagged_and_give_no_number(method):
+    case = regression(lambda w, v, b: jnp.mean((v - 1.0) ** 2))
+    theta = jnp.full(1, jnp.nan)
+    h = jax.jit(
+        lambda w: fb.hypergradient(**case, estimator=EVERY_ADJOINT[method], outer_params=w, inner_params=theta, key=KEY)
+    )(0.5)
+    assert np.isnan(h.gradient)
+    assert not bool(h.metrics["inner_finite"])
+    assert not bool(h.metrics["outer_finite"])
+
+
+def flags_after_a_step(omega: float, problem: fb.ParametricProblem, estimator: fb.Estimator, rate: float = 0.1) -> Any:
+    solver = fb.bilevel(
+        problem, None, estimator, inner_optimizer=optax.sgd(rate), outer_optimizer=optax.sgd(0.1), inner_steps=4
+    )
+    state = solver.init(KEY, 0.5, 0, jnp.array([0.3]))._replace(outer_params=jnp.array(omega))
+    after, metrics = jax.jit(solver.step)(state, 0, 0)
+    return after, {level: bool(metrics[f"{level}_finite"]) for level in ("inner", "adjoint", "outer")}
+
+
+PLAIN = fb.ParametricProblem(lambda w, t, b: jnp.sum((t - w) ** 2), lambda w, t, b: jnp.sum((t - 1.0) ** 2))
+
+
+@pytest.mark.parametrize("estimator", [fb.aid(fb.cg(2)), fb.itd(2), fb.value_penalty(optax.sgd(0.1), 2, 2.0)])
+def test_nan_outer_params_are_the_outer_level_s(estimator):
+    after, flags = flags_after_a_step(np.nan, PLAIN, estimator)
+    assert flags["inner"]
+    assert not flags["outer"]
+    np.testing.assert_allclose(after.inner_params, 0.3)  # held back all the same
+
+
+def test_an_infinite_outer_objective_is_not_the_adjoint_s():
+    infinite = PLAIN.__class__(PLAIN.inner_objective, lambda w, t, b: jnp.sum((t - 1.0) ** 2) * w * jnp.inf)
+    for estimator in (
+        fb.value_penalty(optax.sgd(0.1), 2, 2.0),
+        fb.aid(fb.cg(2)),
+        fb.gradient_penalty(optax.sgd(0.1), 2, 2.0),
+    ):
+        _, flags = flags_after_a_step(0.5, infinite, estimator)
+        assert flags == {"inner": True, "adjoint": True, "outer": False}
+
+
+@pytest.mark.parametrize("rate", [1e2, 1e3, 1e5])
+def test_an_inner_fit_that_explodes_is_held_back(rate):
+    """Four steps of (1 - 2 rate): finite, and useless for ever if kept."""
+    after, flags = flags_after_a_step(0.5, PLAIN, fb.aid(fb.cg(2)), rate)
+    assert not flags["inner"]
+    np.testing.assert_allclose(after.inner_params, 0.3)
+    np.testing.assert_allclose(after.outer_params, 0.5)
+
+
+@pytest.mark.parametrize("target", [0.0, 1e-9, 1e6])
+def test_a_fit_that_makes_a_large_but_right_step_is_not_held_back(target):
+    problem = fb.ParametricProblem(lambda w, t, b: jnp.sum((t - target) ** 2) * w, lambda w, t, b: jnp.sum(t**2) * 1e-9)
+    after, flags = flags_after_a_step(1.0, problem, fb.aid(fb.cg(2)), 0.5)
+    assert all(flags.values())
+    np.testing.assert_allclose(after.inner_params, target, rtol=1e-6)

@@ -33,10 +33,16 @@ class Net(linen.Module):
         return linen.Dense(2, name="head", param_dtype=self.dtype)(self.features(x, train))
 
 
+def batch_norm(rngs: nnx.Rngs) -> nnx.BatchNorm:
+    norm = nnx.BatchNorm(5, rngs=rngs, param_dtype=jnp.float64)
+    norm.mean, norm.var = nnx.BatchStat(jnp.zeros(5)), nnx.BatchStat(jnp.ones(5))  # not in float32
+    return norm
+
+
 class NNXNet(nnx.Module):
     def __init__(self, rngs: nnx.Rngs) -> None:
         self.body = nnx.Linear(3, 5, rngs=rngs, param_dtype=jnp.float64)
-        self.norm = nnx.BatchNorm(5, rngs=rngs, param_dtype=jnp.float64)
+        self.norm = batch_norm(rngs)
         self.head = nnx.Linear(5, 2, rngs=rngs, param_dtype=jnp.float64)
 
     def features(self, x: Any) -> Any:
@@ -51,7 +57,7 @@ class LoRANet(nnx.Module):
         base = nnx.Linear(3, 5, rngs=rngs, param_dtype=jnp.float64)
         initializer = nnx.initializers.normal(0.5)  # by default one factor is zero, and so the other's gradient
         self.body = nnx.LoRA(3, 2, 5, base_module=base, b_initializer=initializer, param_dtype=jnp.float64, rngs=rngs)
-        self.norm = nnx.BatchNorm(5, rngs=rngs, param_dtype=jnp.float64)
+        self.norm = batch_norm(rngs)
         self.head = nnx.Linear(5, 2, rngs=rngs, param_dtype=jnp.float64)
 
     def __call__(self, x: Any) -> Any:
@@ -190,6 +196,7 @@ def test_the_hessian_is_of_the_trained_part_alone(name: str, x64: None) -> None:
     assert (trained, frozen) == {"linen head": (12, 30), "nnx LoRA": (16, 42)}[name]
 
 
+@pytest.mark.filterwarnings("ignore:hypergradient. the inner solution is not a stationary point")
 def test_a_linear_adjoint_takes_features_that_share_parameters_and_state(x64: None) -> None:
     case, (inner_batch, outer_batch) = CASES["linen head"], batches()
     model = case.partial()
@@ -209,24 +216,22 @@ def test_a_linear_adjoint_takes_features_that_share_parameters_and_state(x64: No
         chex.assert_trees_all_close(gradient(features), by_hand, rtol=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:hypergradient. the inner solution is not a stationary point")
 def test_a_learned_adjoint_stands_on_the_frozen_part_of_the_prediction_model(x64: None) -> None:
-    """With the body frozen the class is that of linear functions of its features, whose optimum is known."""
-    (inner_batch, outer_batch), model = batches(), CASES["linen head"].partial()
+    """Not on one that its own key draws; and it does not carry that part."""
+    (inner_batch, outer_batch), case = batches(), CASES["linen head"]
+    model = case.partial()
     params, state = model.init(KEY, inner_batch[0])
-    arguments = (OMEGA, params, inner_batch, outer_batch)
 
-    def features(theta: Any, x: Any) -> Any:
-        phi = Net().apply({"params": {**params, **state.frozen}, **state.state}, x, method="features")
-        return jnp.concatenate([phi, jnp.ones((len(x), 1))], axis=1)
+    def gradient(adjoint_model: fb.Model | None) -> fb.Hypergradient:
+        estimator = fb.funcid(fb.learned_adjoint(optax.adam(0.1), 20, model=adjoint_model))
+        arguments = (OMEGA, params, inner_batch, outer_batch)
+        return fb.hypergradient(PROBLEM, model, estimator, *arguments, model_state=state, key=jax.random.key(7))
 
-    learned = fb.funcid(fb.learned_adjoint(optax.adam(optax.cosine_decay_schedule(0.1, 3000)), 3000))
-    exact = fb.funcid(fb.linear_adjoint(features))
-    got, want = (
-        fb.hypergradient(PROBLEM, model, e, *arguments, model_state=state, key=jax.random.key(7))
-        for e in (learned, exact)
-    )
-    chex.assert_trees_all_close(got.implicit, want.implicit, rtol=1e-3)
-    assert got.state.model_state.frozen == ()  # not carried twice
+    got, want = gradient(None), gradient(closed_over(case, state.frozen))
+    chex.assert_trees_all_close(got.gradient, want.gradient, rtol=1e-12)
+    chex.assert_trees_all_close(got.state.params, want.state.params, rtol=1e-12)
+    assert got.state.model_state.frozen == ()
 
 
 def test_donation_seeds_and_mixed_precision(x64: None) -> None:

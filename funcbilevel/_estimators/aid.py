@@ -96,20 +96,22 @@ def aid(linear_solver: LinearSolver | lineax.AbstractLinearSolver[Any], warm_sta
         (seen,), _ = dependence(lambda theta: inner_value(problem, outer_params, theta, inner_batch)[0], theta)
         warn_of_ignored("aid", seen)
 
-        def part(tree: PyTree) -> list[jax.Array]:  # the leaves that are in the system
-            return [x for x, s in zip(jax.tree.leaves(tree), jax.tree.leaves(seen)) if s]
+        def part(tree: PyTree) -> PyTree:  # the leaves that are in the system, None for the others
+            return jax.tree.map(lambda x, s: x if s else None, tree, seen)
 
-        def whole(leaves: list[jax.Array]) -> PyTree:
-            rest = iter(leaves)
-            return jax.tree.map(lambda x, s: next(rest) if s else jnp.zeros_like(x), theta, seen)
+        def whole(part: PyTree) -> PyTree:
+            leaves = iter(jax.tree.leaves(part))
+            return jax.tree.map(lambda x, s: next(leaves) if s else jnp.zeros_like(x), theta, seen)
 
         initial = part(state) if warm_start else None
-        solution, metrics = solve_linear(solver, lambda t: part(hessian(whole(t))), part(d), initial)
+        solution, metrics, product = solve_linear(
+            solver, lambda t: part(hessian(whole(t))), part(d), initial, part(theta)
+        )
         u = tree_cast(whole(solution), working_dtype(theta))
         cross = rescaled(lambda u: inner_cross_derivative(problem, outer_params, theta, inner_batch, u), theta)(u)
         g_imp = tree_cast(jax.tree.map(jnp.negative, cross), outer_params)
 
-        metrics = metrics | stationarity(gradient, hessian(theta)) | aux
+        metrics = metrics | stationarity(part(gradient), product) | aux
         sound = all_finite(value, d)
         metrics |= {"adjoint_finite": all_finite(u, metrics) | ~sound, "outer_finite": sound}
         total = tree_add_scaled(g_exp, 1.0, g_imp)

@@ -4,6 +4,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from funcbilevel._check import check_prediction, problem_inputs
 from funcbilevel._described import described
@@ -97,7 +98,9 @@ def funcid(adjoint: Adjoint) -> Estimator:
             _, pull = jax.vjp(lambda theta: model.apply(theta, inner.fit.model_state, x_P)[0], inner.fit.params)
             return mean(pull(t if h.head is None else t @ h.head.T)[0])
 
-        metrics = metrics | stationarity(pulled(gradient), pulled(C(v_P))) | aux
+        # Both by one copy of the network's backward pass in the compiled program.
+        terms = jax.vmap(pulled)(jax.tree.map(lambda *ts: jnp.stack(ts), gradient, C(v_P)))
+        metrics = metrics | stationarity(*(jax.tree.map(lambda x, i=i: x[i], terms) for i in (0, 1))) | aux
         sound = all_finite(value, d)
         finite = all_finite(a_P, metrics) & stays_finite(state, new_state)
         metrics |= {"adjoint_finite": finite | ~sound, "outer_finite": sound}

@@ -11,7 +11,7 @@ from funcbilevel._estimator import Adjoint, AdjointSystem, no_state
 from funcbilevel._fit import FitState
 from funcbilevel._linear_solvers import in_working_dtype, linear_metrics, rescaled
 from funcbilevel._model import Model
-from funcbilevel._tree import tree_cast, working_dtype
+from funcbilevel._tree import tree_cast, tree_scaled, tree_size, working_dtype
 from funcbilevel._typing import Key, LinearMap, Metrics, Prediction, PyTree
 
 
@@ -58,16 +58,16 @@ def pointwise_adjoint() -> Adjoint:
             "fb.learned_adjoint."
         )
         check_like("pointwise_adjoint", "inputs of outer_batch", shapes_Q, shapes_P, mend)
-        dtype = working_dtype(d)
-        rhs = jax.tree.map(jnp.negative, tree_cast(d, dtype))
+        size = tree_size(d)
+        rhs = tree_scaled(tree_cast(d, working_dtype(d)), -1.0 / size)
         a_P = _solve_blocks(in_working_dtype(C, d), rhs)
-        product = rescaled(C, d)
-        inconsistent = _inconsistent(product, rhs, a_P)
+        product = rescaled(C, d)(a_P)
+        inconsistent = _inconsistent(product, rhs)
         metrics = linear_metrics(product, rhs, a_P, d)
         metrics["linear_converged"] &= inconsistent == 0
         same = [jnp.array_equal(p, q) for p, q in zip(jax.tree.leaves(x_P), jax.tree.leaves(x_Q), strict=True)]
         metrics |= {"adjoint_inconsistent": inconsistent, "adjoint_inputs_match": jnp.all(jnp.stack(same))}
-        return a_P, state, metrics
+        return tree_scaled(a_P, size), state, metrics
 
     return Adjoint(no_state, fit)
 
@@ -122,7 +122,7 @@ def _solve(B: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.einsum("nij,nj,nkj,nk->ni", U, inverse, U, y)
 
 
-def _inconsistent(C: LinearMap, rhs: Prediction, a: Prediction) -> jax.Array:
-    """How many samples' equations a does not solve, by the scale of the largest right-hand side; NaN counts."""
-    error = jnp.max(jnp.abs(_rows(C(a)) - _rows(rhs)), axis=1)
+def _inconsistent(product: Prediction, rhs: Prediction) -> jax.Array:
+    """How many samples' equations are not solved, by the scale of the largest right-hand side; NaN counts."""
+    error = jnp.max(jnp.abs(_rows(product) - _rows(rhs)), axis=1)
     return jnp.sum(~(error <= jnp.sqrt(jnp.finfo(error.dtype).eps) * jnp.max(jnp.abs(_rows(rhs)))))
