@@ -34,8 +34,8 @@ import numpy as np
 import optax
 
 import funcbilevel as fb
-from funcbilevel.tasks._experiment.errors import UserError
-from funcbilevel.tasks.data import adult, dataset
+from funcbilevel.tasks.data import adult as adult_data
+from funcbilevel.tasks.data.dataset import split
 
 Array: TypeAlias = np.ndarray[Any, Any]
 Params: TypeAlias = dict[str, jax.Array]
@@ -105,22 +105,22 @@ def breast_cancer(seed: int = 0, fold: int = 0) -> Table:
     from sklearn.datasets import load_breast_cancer  # noqa: PLC0415
 
     data: Any = load_breast_cancer()
-    *folds, test = dataset.split(len(data.target), (0.25, 0.25, 0.25), seed)
+    *folds, test = split(len(data.target), (0.25, 0.25, 0.25), seed)
     kept = np.concatenate([rows for i, rows in enumerate(folds) if i != fold])
     parts = [(data.data[rows], data.target[rows]) for rows in (kept, folds[fold], test)]
     names: list[str] = [str(name) for name in data.feature_names]
     return _table("breast-cancer", names, range(len(names)), parts)
 
 
-def adult_table(directory: str | Path | None = None, seed: int = 0) -> Table:
+def adult(directory: str | Path | None = None, seed: int = 0) -> Table:
     """UCI Adult of `data.adult` with its 13 columns as features.
 
     A fifth of adult.data, chosen by the seed, is the validation part; adult.test is the test part.
     """
-    categories = adult.CATEGORIES
-    data = adult.load(directory, attributes=categories, seed=seed)
+    categories = adult_data.CATEGORIES
+    data = adult_data.load(directory, attributes=categories, seed=seed)
     widths = {name: 1 if name == "sex" else k for name, k in zip(categories, data.num_groups, strict=True)}
-    widths = dict.fromkeys(adult.NUMBERS, 1) | widths
+    widths = dict.fromkeys(adult_data.NUMBERS, 1) | widths
     feature_of = [i for i, width in enumerate(widths.values()) for _ in range(width)]
     parts = [(part.x, part.y) for part in (data.train, data.validation, data.test)]
     return _table("adult", tuple(widths), feature_of, parts)
@@ -134,10 +134,7 @@ def load(dataset: str, directory: Path | None, seed: int) -> list[Table]:
     """
     if dataset == "breast-cancer":
         return [breast_cancer(seed, fold) for fold in range(FOLDS)]
-    try:
-        return [adult_table(directory, seed)]
-    except (FileNotFoundError, ValueError) as error:
-        raise UserError(f"--data: {error}") from error
+    return [adult(directory, seed)]
 
 
 # Gates.
