@@ -403,7 +403,9 @@ def bilevel(
             return hyper.outer_value, gradient
 
         value_fn = jax.custom_vjp(F)
-        value_fn.defvjp(F_and_gradient, lambda gradient, t: (jax.tree.map(lambda g: t * g, gradient),))
+        value_fn.defvjp(
+            F_and_gradient, lambda gradient, t: (jax.tree.map(lambda g: (t * g).astype(g.dtype), gradient),)
+        )
 
         inner, hyper, gradient, outer_model_state = evaluate(omega)
         updates, outer_opt_state = outer_update(

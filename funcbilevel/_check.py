@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from funcbilevel._arguments import check_callable, check_shapes
 from funcbilevel._broadcast import broadcasts_samples
@@ -481,7 +482,7 @@ def warn_of_ignored(function: str, seen: PyTree) -> None:
 
 def warn_of_assumptions(function: str, metrics: dict[str, Any]) -> None:
     """Says so where metrics, if they are numbers already, show that an assumption of the estimator plainly fails."""
-    if any(isinstance(x, jax.core.Tracer) for x in metrics.values()):
+    if any(isinstance(x, Tracer) for x in metrics.values()):
         return
     relative = metrics.get("inner_gradient_relative")
     if relative is not None and relative > 1e-3:

@@ -33,12 +33,12 @@ def ridge_solution(
         preconditioned system.
     """
     dtype, size, computed_in = working_dtype((phi, rhs, v)), tree_size(rhs), v
-    C, phi, rhs = in_working_dtype(C, v), phi.astype(dtype), tree_scaled(tree_cast(rhs, dtype), 1.0 / size)
+    curvature, phi, rhs = in_working_dtype(C, v), phi.astype(dtype), tree_scaled(tree_cast(rhs, dtype), 1.0 / size)
     v = tree_cast(v, working_dtype(v))
     # Coordinates Z with W = U D Z, where Phi' Phi = U diag(lam) U' and D is diagonal: the system matrix
     # D (U' Phi' C Phi U + ridge) D is the identity if C is a multiple of it. Only coordinates, so held fixed.
     lam, U = jnp.linalg.eigh(jax.lax.stop_gradient(mean(moments(phi, phi))))
-    scale = jax.lax.stop_gradient(mean(_mean_curvature(C, v)))
+    scale = jax.lax.stop_gradient(mean(_mean_curvature(curvature, v)))
     D = jax.tree.map(lambda c: _inverse_sqrt(jnp.multiply.outer(lam, c) + ridge), scale)
     phi = phi @ U
 
@@ -46,7 +46,7 @@ def ridge_solution(
         return tree_cast(jax.tree.map(lambda D, Z: jnp.tensordot(phi, D * Z, 1), D, Z), v)
 
     def matvec(Z: PyTree) -> PyTree:
-        products = mean(jax.tree.map(lambda t: moments(phi, t), C(values(Z))))
+        products = mean(jax.tree.map(lambda t: moments(phi, t), curvature(values(Z))))
         return jax.tree.map(lambda D, Z, m: D * m + ridge * D * D * Z, D, Z, products)
 
     right = jax.tree.map(lambda D, r: D * jnp.tensordot(U.T, r, 1), D, rhs)

@@ -53,7 +53,7 @@ def proximal(omega: Any, thetas: Any) -> jax.Array:
 
 METHODS = {  # estimator, inner optimizer and steps, whether the inner objective pulls towards omega
     "MAML": (fb.itd(5), optax.sgd(0.03), 5, False),
-    "iMAML": (fb.aid(fb.cg(5, damping=0.5)), optax.sgd(0.01, momentum=0.9), 20, True),
+    "iMAML": (fb.aid(fb.cg(5, damping=0.5)), optax.sgd(0.01, momentum=0.9), 30, True),
 }
 
 

@@ -62,7 +62,8 @@ def pointwise_adjoint() -> Adjoint:
         a_P = _solve_blocks(in_working_dtype(C, d), rhs)
         product, unit = rescaled(C, d)(a_P), 1.0 / tree_size(d)
         inconsistent = _inconsistent(product, rhs)
-        metrics = linear_metrics(*(tree_scaled(t, unit) for t in (product, rhs, a_P)), d)
+        near_one = tuple(tree_scaled(t, unit) for t in (product, rhs, a_P))
+        metrics = linear_metrics(near_one[0], near_one[1], near_one[2], d)
         metrics["linear_converged"] &= inconsistent == 0
         same = [jnp.array_equal(p, q) for p, q in zip(jax.tree.leaves(x_P), jax.tree.leaves(x_Q), strict=True)]
         metrics |= {"adjoint_inconsistent": inconsistent, "adjoint_inputs_match": jnp.all(jnp.stack(same))}
