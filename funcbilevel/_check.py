@@ -347,6 +347,8 @@ def check_parameters(
         params, state = jax.eval_shape(lambda: model.init(jax.random.key(0), inputs))
     except Exception:
         return
+    if not jax.tree.leaves(params):  # an `init` that is not meant to be used
+        return
     mend = "pass what model.init or an earlier state gave."
     check_shapes(function, "inner_params", inner_params, params, mend, set() if strict else num_rows(inputs))
     if strict:

@@ -1160,7 +1160,7 @@ CALLS: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = {
     "run: no batches": (
         lambda: run((), {}),
         ValueError,
-        ("run: inner_batches, outer_batches", "hold no arrays", "an axis of outer steps", "stack batches"),
+        ("run: inner_batches, outer_batches", "hold no arrays", "a leading axis of outer steps", "stack batches"),
     ),
     "train: data None": (
         lambda: train(None),

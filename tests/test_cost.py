@@ -68,6 +68,7 @@ def test_cost_reports_exact_sizes():
     assert result.flops == pytest.approx(2 * 32**3, rel=0.1)
 
 
+@pytest.mark.filterwarnings("ignore:.*alternating.* nothing will move")
 def test_compare_costs_prints_a_row_per_estimator():
     problem = fb.FunctionalProblem(
         lambda w, v, batch: jnp.mean((v - w) ** 2), lambda w, v, batch: jnp.mean((v - batch[1]) ** 2)

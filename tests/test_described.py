@@ -122,6 +122,7 @@ REPRS: dict[str, Any] = {
     outer_opt_state=(ScaleByAdamState(count=int32[], mu=float32[], nu=float32[]), EmptyState()),
     estimator_state=float32[3, 1],
     key=key<fry>[],
+    batch_form={'[0] float[n, 3]': None, '[1] float[n, 1]': None},
 )""": solver(fb.aid(fb.cg(3))).init(KEY, 1.0, BATCH),
     "FitState(params={'w': float32[3]}, opt_state=(float32[2],), model_state=[])": fb.FitState(
         {"w": jnp.ones(3)}, (np.ones(2, np.float32),), []
@@ -138,6 +139,7 @@ def test_objects_say_how_they_were_made(text: str) -> None:
     assert repr(REPRS[text]) == text
 
 
+@pytest.mark.filterwarnings("ignore:hypergradient. the inner solution is not a stationary point")
 def test_a_hypergradient_shows_shapes() -> None:
     text = repr(fb.hypergradient(PROBLEM, LINEAR, fb.aid(fb.cg(3)), 1.0, jnp.ones((3, 1)), BATCH, BATCH))
     assert text.startswith("Hypergradient(\n    gradient=float32[],\n    explicit=float32[],\n")

@@ -896,6 +896,7 @@ def test_itd_approaches_the_exact_hypergradient(x64):
 # What the objectives may be.
 
 
+@STANDS_STILL
 @pytest.mark.parametrize("method", KINDS + PENALTIES)
 def test_aux_reaches_the_metrics(x64, method):
     case = build("cosh")
@@ -936,6 +937,7 @@ def one_step_before(name: str, num_steps: int) -> Any:
     return theta
 
 
+@STANDS_STILL
 @pytest.mark.parametrize("method", ["aid-cg", "itd", "itd-forward", "alternating"])
 def test_aux_of_a_parametric_problem(x64, method):
     case = build("ridge")
@@ -955,6 +957,7 @@ def test_aux_of_a_parametric_problem(x64, method):
     np.testing.assert_allclose(metrics["inner/aux"], jnp.sum(case.inner_params**2), rtol=1e-6)
 
 
+@STANDS_STILL
 @pytest.mark.parametrize("method", KINDS)
 def test_objectives_that_close_over_tracers(x64, method):
     """Problem, model and solver are built inside a transformed function, out of its tracers."""
@@ -1009,6 +1012,7 @@ def float_dtypes(tree: Any) -> set[Any]:
     return {x.dtype for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)}
 
 
+@STANDS_STILL
 @pytest.mark.parametrize("name", ["pytree", "ridge"])
 @pytest.mark.parametrize("outer_dtype", [jnp.bfloat16, jnp.float32, jnp.float64])
 def test_dtypes_are_kept(x64, outer_dtype, name):
@@ -1037,6 +1041,7 @@ def start_of(case: Case, method: str) -> Any:
     return setting(case, method).get("inner_params", case.inner_params)
 
 
+@STANDS_STILL
 @pytest.mark.parametrize("method", KINDS)
 def test_float32(x64, method):
     """The same numbers to single precision, with float64 off."""
@@ -1054,6 +1059,7 @@ def test_float32(x64, method):
         assert_close(h.gradient, cast(jax.tree.map(np.asarray, expected), np.float32), 1e-4)
 
 
+@STANDS_STILL
 @pytest.mark.parametrize("method", KINDS)
 def test_bfloat16_outer_params(x64, method):
     """outer_params in bfloat16 over float32 data: the hypergradient in bfloat16, right to its eight bits."""

@@ -19,7 +19,7 @@ from funcbilevel._problem import (
     predictor,
     stationarity,
 )
-from funcbilevel._tree import all_finite, stays_finite, tree_add_scaled, tree_cast, working_dtype
+from funcbilevel._tree import all_finite, evaluated_after, stays_finite, tree_add_scaled, tree_cast, working_dtype
 from funcbilevel._typing import Batch, InnerParams, Key, OuterParams, Prediction, PyTree
 
 BATCHES = ("inner_batch", "outer_batch")
@@ -94,12 +94,15 @@ def funcid(adjoint: Adjoint) -> Estimator:
         )
         g_imp = tree_cast(cross, outer_params)
 
+        # After the adjoint, so that the network's activations are not in memory beside it; and both products by one copy
+        # of its backward pass in the compiled program.
+        x = evaluated_after(a_P, x_P)
+        _, pull = jax.vjp(lambda theta: model.apply(theta, inner.fit.model_state, x)[0], inner.fit.params)
+
         def pulled(t: Prediction) -> InnerParams:  # J' t
-            _, pull = jax.vjp(lambda theta: model.apply(theta, inner.fit.model_state, x_P)[0], inner.fit.params)
             return mean(pull(t if h.head is None else t @ h.head.T)[0])
 
-        # Both by one copy of the network's backward pass in the compiled program.
-        terms = jax.vmap(pulled)(jax.tree.map(lambda *ts: jnp.stack(ts), gradient, C(v_P)))
+        terms = jax.lax.map(pulled, jax.tree.map(lambda *ts: jnp.stack(ts), gradient, C(v_P)))
         metrics = metrics | stationarity(*(jax.tree.map(lambda x, i=i: x[i], terms) for i in (0, 1))) | aux
         sound = all_finite(value, d)
         finite = all_finite(a_P, metrics) & stays_finite(state, new_state)
