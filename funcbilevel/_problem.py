@@ -17,7 +17,7 @@ from funcbilevel._arguments import check_callable
 from funcbilevel._described import fields_that_differ
 from funcbilevel._model import Model
 from funcbilevel._tracing import reverse_only
-from funcbilevel._tree import moments, scalar_metrics, tree_add_scaled, tree_norm, tree_vdot
+from funcbilevel._tree import moments, scalar_metrics, tree_vdot
 from funcbilevel._typing import (
     Batch,
     InnerParams,
@@ -350,14 +350,13 @@ def inner_cross_derivative(
     return jax.grad(lambda omega: jax.jvp(lambda u: value(omega, u), (u,), (direction,))[1])(outer_params)
 
 
-def stationarity(gradient: PyTree, product: PyTree) -> Metrics:
-    """How far the inner point is from stationary: g = d_theta L_in, and H theta, its Hessian's product with theta.
+def stationarity(norm: jax.Array, product_norm: jax.Array) -> Metrics:
+    """How far the inner point is from stationary, from |g|, g = d_theta L_in, and |H theta|, H its Hessian.
 
-    `inner_gradient_norm` is |g|. `inner_gradient_relative` is |g| / (|H theta| + |g - H theta|): of a quadratic
-    objective g = H theta - b, the gradient over the sizes of its two terms.
+    `inner_gradient_norm` is |g|. `inner_gradient_relative` is |g| / (|g| + |H theta|), between 0 and 1: of a quadratic
+    objective g = H theta - b, the gradient over the size of its terms.
     """
-    norm = tree_norm(gradient)
-    terms = tree_norm(product) + tree_norm(tree_add_scaled(gradient, -1.0, product))
+    terms = norm + product_norm
     return {"inner_gradient_norm": norm, "inner_gradient_relative": norm / jnp.where(terms > 0, terms, 1.0)}
 
 

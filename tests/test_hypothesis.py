@@ -226,11 +226,13 @@ def library(shape: str) -> Any:
     """problem -> name -> hypergradient by the library; compiled once for each shape and dtype."""
     n_P, n_Q, _, leaves = SHAPES[shape]
     problem = fb.FunctionalProblem(inner_objective, outer_objective)
-    model = fb.from_function(lambda key, x: None, lambda theta, x: as_prediction(x @ theta, leaves))
 
     @jax.jit
     def hypergradients(x: Problem) -> dict[str, fb.Hypergradient]:
         descent = optax.sgd(x.rate)
+        model = fb.from_function(
+            lambda key, phi: jnp.zeros_like(x.theta), lambda theta, phi: as_prediction(phi @ theta, leaves)
+        )
 
         def by(estimator: fb.Estimator, theta: jax.Array = x.theta, state: Any = None) -> fb.Hypergradient:
             omega = {"u": x.omega[:2], "s": x.omega[2]}

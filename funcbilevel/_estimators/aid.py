@@ -23,7 +23,7 @@ from funcbilevel._problem import (
     stationarity,
 )
 from funcbilevel._tracing import dependence
-from funcbilevel._tree import all_finite, tree_add_scaled, tree_cast, working_dtype
+from funcbilevel._tree import all_finite, tree_add_scaled, tree_cast, tree_norm, working_dtype
 from funcbilevel._typing import Batch, Key, OuterParams, PyTree
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def aid(linear_solver: LinearSolver | lineax.AbstractLinearSolver[Any], warm_sta
     Returns:
         An `Estimator` for either kind of problem (a functional one is taken at the model's parameters, in
         evaluation mode). Metrics: `adjoint_finite`, `linear_residual`, `linear_converged`, `linear_curvature`,
-        `inner_gradient_norm` and `inner_gradient_relative`: g = d_theta L_in, and |g| / (|H theta| + |g - H theta|).
+        `inner_gradient_norm` and `inner_gradient_relative`: g = d_theta L_in, and |g| / (|g| + |H theta|).
 
     Raises:
         TypeError: `linear_solver` is not one.
@@ -111,7 +111,7 @@ def aid(linear_solver: LinearSolver | lineax.AbstractLinearSolver[Any], warm_sta
         cross = rescaled(lambda u: inner_cross_derivative(problem, outer_params, theta, inner_batch, u), theta)(u)
         g_imp = tree_cast(jax.tree.map(jnp.negative, cross), outer_params)
 
-        metrics = metrics | stationarity(part(gradient), product) | aux
+        metrics = metrics | stationarity(tree_norm(gradient), tree_norm(product)) | aux
         sound = all_finite(value, d)
         metrics |= {"adjoint_finite": all_finite(u, metrics) | ~sound, "outer_finite": sound}
         total = tree_add_scaled(g_exp, 1.0, g_imp)

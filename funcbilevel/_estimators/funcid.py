@@ -19,8 +19,16 @@ from funcbilevel._problem import (
     predictor,
     stationarity,
 )
-from funcbilevel._tree import all_finite, evaluated_after, stays_finite, tree_add_scaled, tree_cast, working_dtype
-from funcbilevel._typing import Batch, InnerParams, Key, OuterParams, Prediction, PyTree
+from funcbilevel._tree import (
+    all_finite,
+    evaluated_after,
+    stays_finite,
+    tree_add_scaled,
+    tree_cast,
+    tree_norm,
+    working_dtype,
+)
+from funcbilevel._typing import Batch, Key, OuterParams, Prediction, PyTree
 
 BATCHES = ("inner_batch", "outer_batch")
 
@@ -49,7 +57,7 @@ def funcid(adjoint: Adjoint) -> Estimator:
     Returns:
         An `Estimator` for `FunctionalProblem`. Metrics: `adjoint_finite`, those of the adjoint, `inner_gradient_norm`
         and `inner_gradient_relative`: with J the Jacobian of v_P by theta and g = J' d_v L_in, |g| and
-        |g| / (|J' C v_P| + |g - J' C v_P|).
+        |g| / (|g| + |J' C v_P|).
 
     Raises:
         TypeError: `adjoint` is not an `Adjoint`.
@@ -94,16 +102,16 @@ def funcid(adjoint: Adjoint) -> Estimator:
         )
         g_imp = tree_cast(cross, outer_params)
 
-        # After the adjoint, so that the network's activations are not in memory beside it; and both products by one copy
-        # of its backward pass in the compiled program.
+        # After the adjoint, so that the activations are not in memory beside it; both norms by one copy of the backward
+        # pass in the compiled program.
         x = evaluated_after(a_P, x_P)
         _, pull = jax.vjp(lambda theta: model.apply(theta, inner.fit.model_state, x)[0], inner.fit.params)
 
-        def pulled(t: Prediction) -> InnerParams:  # J' t
-            return mean(pull(t if h.head is None else t @ h.head.T)[0])
+        def norm_pulled(t: Prediction) -> jax.Array:  # |J' t|
+            return tree_norm(mean(pull(t if h.head is None else t @ h.head.T)[0]))
 
-        terms = jax.lax.map(pulled, jax.tree.map(lambda *ts: jnp.stack(ts), gradient, C(v_P)))
-        metrics = metrics | stationarity(*(jax.tree.map(lambda x, i=i: x[i], terms) for i in (0, 1))) | aux
+        norms = jax.lax.map(norm_pulled, jax.tree.map(lambda *ts: jnp.stack(ts), gradient, C(v_P)))
+        metrics = metrics | stationarity(norms[0], norms[1]) | aux
         sound = all_finite(value, d)
         finite = all_finite(a_P, metrics) & stays_finite(state, new_state)
         metrics |= {"adjoint_finite": finite | ~sound, "outer_finite": sound}
