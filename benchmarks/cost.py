@@ -108,7 +108,9 @@ def estimators(features: Any, optimizer: optax.GradientTransformation, steps: in
     return {
         "funcid-linear": fb.funcid(fb.linear_adjoint(features, ridge=1e-3)),
         "funcid-learned": fb.funcid(fb.learned_adjoint(optimizer, steps)),
-        "aid-cg": fb.aid(fb.cg(steps, damping=1e-2)),
+        # At an untrained network the Hessian is indefinite, and conjugate gradients would stop at the first negative
+        # curvature: with this damping it is definite, and they make their steps.
+        "aid-cg": fb.aid(fb.cg(steps, damping=200.0)),
         "aid-neumann": fb.aid(fb.neumann(steps, step_size=1e-2, damping=1e-2)),
         "aid-gmres": fb.aid(fb.gmres(steps, damping=1e-2)),
         "itd": fb.itd(steps),

@@ -26,6 +26,7 @@ from funcbilevel._tree import (
     tree_add_scaled,
     tree_cast,
     tree_norm,
+    tree_vdot,
     working_dtype,
 )
 from funcbilevel._typing import Batch, Key, OuterParams, Prediction, PyTree
@@ -104,7 +105,7 @@ def funcid(adjoint: Adjoint) -> Estimator:
 
         # After the adjoint, so that the activations are not in memory beside it; both norms by one copy of the backward
         # pass in the compiled program.
-        x = evaluated_after(a_P, x_P)
+        x = evaluated_after(tree_vdot(a_P, a_P), x_P)
         _, pull = jax.vjp(lambda theta: model.apply(theta, inner.fit.model_state, x)[0], inner.fit.params)
 
         def norm_pulled(t: Prediction) -> jax.Array:  # |J' t|
