@@ -200,7 +200,8 @@ def test_optimizers_are_named(name: str) -> None:
     assert repr(fb.learned_adjoint(OPTIMIZERS[name], 1)) == f"learned_adjoint({name}, 1)"
 
 
-@pytest.mark.parametrize("name", fb.__all__)
+# Built-in exceptions have no signature, nor has a plain subclass of them.
+@pytest.mark.parametrize("name", [name for name in fb.__all__ if name != "StopTraining"])
 def test_signatures_have_no_addresses(name: str) -> None:
     assert "0x" not in str(inspect.signature(getattr(fb, name))) + (getattr(fb, name).__doc__ or "")
 
