@@ -1,6 +1,6 @@
 """Where samples come from: one batch for everything, a batch for each draw, or a sampler."""
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 
@@ -23,12 +23,6 @@ class Minibatches(NamedTuple):
     """
 
     batches: Any
-
-
-class Sample(Protocol):
-    """A fresh batch, from a key of its own."""
-
-    def __call__(self, key: Key, /) -> Batch: ...
 
 
 class Sampler(NamedTuple):

@@ -1,13 +1,12 @@
 """The value-function penalty: a first-order hypergradient from two solutions of the inner level."""
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from funcbilevel._described import described
 from funcbilevel._estimator import Estimator
 from funcbilevel._estimators._penalty import penalised
-from funcbilevel._problem import ParametricProblem, inner_value, mean_over_devices
+from funcbilevel._problem import ParametricProblem, inner_value, mean_over_devices, stationarity
 from funcbilevel._tree import tree_norm
 from funcbilevel._typing import Batch, InnerParams, Metrics, OuterParams
 
@@ -60,8 +59,6 @@ def value_penalty(
         problem: ParametricProblem, outer_params: OuterParams, theta: InnerParams, inner_batch: Batch, d: InnerParams
     ) -> Metrics:
         gradient = jax.grad(lambda theta: inner_value(problem, outer_params, theta, inner_batch)[0])(theta)
-        norm = tree_norm(mean_over_devices(problem, gradient))
-        terms = norm + tree_norm(d) / penalty
-        return {"inner_gradient_norm": norm, "inner_gradient_relative": norm / jnp.where(terms > 0, terms, 1.0)}
+        return stationarity(tree_norm(mean_over_devices(problem, gradient)), tree_norm(d) / penalty)
 
     return penalised("value_penalty", suboptimality, optimizer, num_steps, penalty, warm_start, at_theta)
