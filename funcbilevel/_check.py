@@ -53,7 +53,7 @@ def check_setup(function: str, problem: Any, model: Any, estimator: Any) -> None
         if estimator.functional:
             raise TypeError(
                 f"{function}: fb.{estimator!r} needs an fb.FunctionalProblem, got a ParametricProblem; write the "
-                "objectives on the prediction, or use a parametric estimator such as fb.aid(...)."
+                "objectives on the prediction, or use fb.aid, fb.itd or fb.alternating."
             )
     elif model is None:
         raise ValueError(
