@@ -48,11 +48,11 @@ from funcbilevel._model import from_nnx as from_nnx
 from funcbilevel._partition import Partition as Partition
 from funcbilevel._partition import partition as partition
 from funcbilevel._precision import mixed_precision as mixed_precision
+from funcbilevel._predictor import Predictor as Predictor
+from funcbilevel._predictor import parametrize as parametrize
+from funcbilevel._predictor import predictor as predictor
 from funcbilevel._problem import FunctionalProblem as FunctionalProblem
 from funcbilevel._problem import ParametricProblem as ParametricProblem
-from funcbilevel._problem import Predictor as Predictor
-from funcbilevel._problem import parametrize as parametrize
-from funcbilevel._problem import predictor as predictor
 from funcbilevel._prox import projection_affine as projection_affine
 from funcbilevel._prox import prox_group_lasso as prox_group_lasso
 from funcbilevel._prox import prox_l1 as prox_l1

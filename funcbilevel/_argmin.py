@@ -14,7 +14,8 @@ from funcbilevel._fit import FitState
 from funcbilevel._implicit import directional, explicit, not_differentiated, root, with_tangent
 from funcbilevel._linear_solvers import LinearSolver
 from funcbilevel._model import Model
-from funcbilevel._problem import Predictor, Problem, as_parametric, inner_derivatives, inner_value, predictor
+from funcbilevel._predictor import Predictor, as_parametric, predictor
+from funcbilevel._problem import Problem, inner_derivatives, inner_value
 from funcbilevel._tracing import dependence
 from funcbilevel._typing import Batch, InnerParams, Inputs, ModelState, OuterParams, Prediction, PyTree
 

@@ -11,13 +11,13 @@ from funcbilevel._argmin import parametric_layer
 from funcbilevel._arguments import check_callable, check_positive
 from funcbilevel._check import warn_of_ignored
 from funcbilevel._described import described
-from funcbilevel._estimator import Estimator, Hypergradient, InnerSolution, InnerSolve
+from funcbilevel._estimator import Call, Estimator, Hypergradient, InnerSolution, by_call
 from funcbilevel._fit import FitState
 from funcbilevel._linear_solvers import LinearSolver, as_linear_solver, rescaled, solve_linear
 from funcbilevel._model import Model
+from funcbilevel._predictor import as_parametric
 from funcbilevel._problem import (
     Problem,
-    as_parametric,
     inner_cross_derivative,
     inner_derivatives,
     inner_value,
@@ -99,18 +99,8 @@ def prox_aid(
         dtype = working_dtype(inner.params)
         return jax.tree.map(lambda x: jnp.zeros_like(x, dtype), inner.params) if warm_start else ()
 
-    def estimate(
-        problem: Problem,
-        model: Model | None,
-        solve: InnerSolve,
-        outer_params: OuterParams,
-        inner_batch: Batch,
-        outer_batch: Batch,
-        state: PyTree,
-        key: Key | None,
-        /,
-    ) -> tuple[InnerSolution, Hypergradient]:
-        del key
+    def estimate(call: Call) -> tuple[InnerSolution, Hypergradient]:
+        problem, model, solve, outer_params, inner_batch, outer_batch, state, _ = call
         inner = solve(outer_params)
         theta, problem = inner.fit.params, as_parametric(problem, model, inner.fit.model_state, inner_batch)
         value, aux, g_exp, d = outer_derivatives(problem, outer_params, theta, outer_batch)
@@ -128,9 +118,7 @@ def prox_aid(
         def D(t: PyTree) -> PyTree:
             return part(pull(part(t))[0])
 
-        w, metrics, _ = solve_linear(
-            solver, reduced(D, H, step_size), D(d), state if warm_start else None, jax.tree.map(jnp.zeros_like, theta)
-        )
+        w, metrics, _ = solve_linear(solver, reduced(D, H, step_size), D(d), state if warm_start else None)
         t = D(tree_cast(w, theta))
         Ht = rescaled(H, theta)(tree_cast(t, working_dtype(theta)))
         z_bar, of_prox = pull(tree_add_scaled(tree_add_scaled(d, 1.0, t), -step_size, Ht))
@@ -139,7 +127,9 @@ def prox_aid(
         g_imp = tree_cast(tree_add_scaled(of_prox, -step_size, cross), outer_params)
 
         error = jax.tree.map(jnp.subtract, theta, image)
-        metrics = metrics | stationarity(tree_norm(error) / step_size, tree_norm(H(theta)))
+        norm, t_norm = tree_norm(error) / step_size, tree_norm(t)
+        curvature = tree_norm(Ht) / jnp.where(t_norm > 0, t_norm, 1.0)
+        metrics = metrics | stationarity(norm, norm, curvature * tree_norm(theta))
         metrics |= _active_set(lambda z: prox(z, outer_params, step_size), z, error, part) | aux
         sound = all_finite(value, d)
         metrics |= {"adjoint_finite": all_finite(w, t, metrics) | ~sound, "outer_finite": sound}
@@ -152,7 +142,7 @@ def prox_aid(
 
         return prox_root(gradient, lambda z: prox(z, outer_params, step_size), theta, step_size, solver)
 
-    return Estimator(init, estimate, reaches=True, layer=parametric_layer(at_fixed_point))
+    return Estimator(init, by_call(estimate), reaches=True, layer=parametric_layer(at_fixed_point))
 
 
 def _active_set(prox: LinearMap, z: PyTree, error: PyTree, part: LinearMap) -> Metrics:
