@@ -9,8 +9,10 @@ from funcbilevel._cost import CostTable as CostTable
 from funcbilevel._cost import compare_costs as compare_costs
 from funcbilevel._cost import cost as cost
 from funcbilevel._cost import measure_costs as measure_costs
+from funcbilevel._draws import FiniteSum as FiniteSum
 from funcbilevel._draws import Minibatches as Minibatches
 from funcbilevel._draws import Sampler as Sampler
+from funcbilevel._draws import finite_sum as finite_sum
 from funcbilevel._estimator import Adjoint as Adjoint
 from funcbilevel._estimator import AdjointSystem as AdjointSystem
 from funcbilevel._estimator import Estimator as Estimator
@@ -50,6 +52,18 @@ from funcbilevel._problem import parametrize as parametrize
 from funcbilevel._problem import predictor as predictor
 from funcbilevel._state import state_from_arrays as state_from_arrays
 from funcbilevel._state import state_to_arrays as state_to_arrays
+from funcbilevel._stochastic.amigo import amigo as amigo
+from funcbilevel._stochastic.bsa import bsa as bsa
+from funcbilevel._stochastic.fsla import fsla as fsla
+from funcbilevel._stochastic.ma_soba import ma_soba as ma_soba
+from funcbilevel._stochastic.mrbo import mrbo as mrbo
+from funcbilevel._stochastic.saba import saba as saba
+from funcbilevel._stochastic.soba import soba as soba
+from funcbilevel._stochastic.srba import srba as srba
+from funcbilevel._stochastic.stocbio import stocbio as stocbio
+from funcbilevel._stochastic.sustain import sustain as sustain
+from funcbilevel._stochastic.ttsa import ttsa as ttsa
+from funcbilevel._stochastic.vrbo import vrbo as vrbo
 from funcbilevel._train import NonFiniteError as NonFiniteError
 from funcbilevel._train import StopTraining as StopTraining
 from funcbilevel._train import train as train
@@ -63,6 +77,7 @@ __all__ = [
     "Cost",
     "CostTable",
     "Estimator",
+    "FiniteSum",
     "FitState",
     "FrozenState",
     "FunctionalProblem",
@@ -80,14 +95,18 @@ __all__ = [
     "StopTraining",
     "aid",
     "alternating",
+    "amigo",
     "bilevel",
+    "bsa",
     "cg",
     "compare_costs",
     "cost",
+    "finite_sum",
     "from_function",
     "from_lineax",
     "from_linen",
     "from_nnx",
+    "fsla",
     "funcid",
     "gmres",
     "gradient_descent",
@@ -97,19 +116,28 @@ __all__ = [
     "itd",
     "learned_adjoint",
     "linear_adjoint",
+    "ma_soba",
     "measure_costs",
     "mixed_precision",
+    "mrbo",
     "neumann",
     "normal_cg",
     "parametrize",
     "partition",
     "pointwise_adjoint",
     "predictor",
+    "saba",
+    "soba",
+    "srba",
     "state_from_arrays",
     "state_to_arrays",
+    "stocbio",
+    "sustain",
     "train",
+    "ttsa",
     "value_penalty",
     "variable_projection",
+    "vrbo",
 ]
 
 __version__ = "0.1.0"

@@ -43,6 +43,7 @@ LAYERS = [
 ]
 LOOP = {"_bilevel", "_cost", "_train", "_data", "_history", "_state"}
 SHARED = {m for m in SHORT if m.startswith("_estimators._")}  # what several estimators are made of
+STOCHASTIC = {m for m in SHORT if m.startswith("_stochastic._")}  # what several stochastic methods are made of
 SCRIPTS = sorted(path for folder in ("benchmarks", "examples") for path in (ROOT / folder).rglob("*.py"))
 
 
@@ -85,6 +86,8 @@ def allowed(module: str) -> set[str]:
         return tasks
     if module.startswith("_estimators"):
         return lower | SHARED  # no other estimator, and not the loop
+    if module.startswith("_stochastic"):
+        return lower | LOOP | STOCHASTIC  # no other method
     if module in LOOP:
         return lower | LOOP
     (level,) = (i for i, layer in enumerate(LAYERS) if module in layer)

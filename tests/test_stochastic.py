@@ -1,0 +1,336 @@
+"""The stochastic methods against transcriptions of their published updates, in NumPy, on quadratic finite sums."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import funcbilevel as fb
+
+STEPS = 50
+P, Q = 3, 2  # inner and outer parameters
+N, M = 4, 3  # blocks of the inner and the outer sum
+RHO, RHO_U, ETA = 0.2, 0.15, 0.6
+
+
+def gamma(t: Any) -> Any:
+    return 0.1 / (1.0 + t) ** 0.5
+
+
+SIZES: dict[str, Any] = {"inner_optimizer": RHO, "outer_optimizer": gamma}
+LINEAR: dict[str, Any] = SIZES | {"linear_optimizer": RHO_U}
+SERIES: dict[str, Any] = SIZES | {"neumann_step_size": 0.3}
+MOMENTA: dict[str, Any] = {"inner_momentum": ETA, "outer_momentum": lambda t: 0.9 / (1.0 + t) ** 0.3}
+
+
+# The problem: quadratics, one for each sample; two samples in each block.
+
+
+@functools.cache
+def terms() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    rng = np.random.default_rng(0)
+
+    def spd(n: int, k: int) -> np.ndarray:
+        X = rng.normal(size=(n, k, k))
+        return 0.3 * np.einsum("nij,nkj->nik", X, X) + 0.5 * np.eye(k)
+
+    normal = lambda *shape: rng.normal(size=shape)
+    inner = {"A": spd(2 * N, P), "B": 0.5 * normal(2 * N, Q, P), "a": normal(2 * N, P)}
+    outer = {"P": spd(2 * M, P), "Q": spd(2 * M, Q), "R": 0.3 * normal(2 * M, Q, P), "p": normal(2 * M, P)}
+    return inner, outer | {"q": normal(2 * M, Q)}
+
+
+def flat(theta: Any) -> jax.Array:
+    return jnp.concatenate([theta["first"], theta["last"][None]])
+
+
+def inner_objective(omega: jax.Array, theta: Any, batch: Any) -> jax.Array:
+    th = flat(theta)
+    return jnp.mean(0.5 * (batch["A"] @ th) @ th + (batch["B"] @ th) @ omega + batch["a"] @ th)
+
+
+def outer_objective(omega: jax.Array, theta: Any, batch: Any) -> jax.Array:
+    th = flat(theta)
+    quadratic = 0.5 * (batch["P"] @ th) @ th + 0.5 * (batch["Q"] @ omega) @ omega + (batch["R"] @ th) @ omega
+    return jnp.mean(quadratic + batch["p"] @ th + batch["q"] @ omega)
+
+
+PROBLEM = fb.ParametricProblem(inner_objective, outer_objective)
+OMEGA, THETA = np.array([0.5, -1.0]), {"first": np.array([0.3, -0.2]), "last": np.array(0.7)}
+
+
+def sources(replace: bool) -> tuple[fb.FiniteSum, fb.FiniteSum]:
+    keys = jax.random.split(jax.random.key(3))
+    return tuple(fb.finite_sum(t, 2, key=k, replace=replace) for t, k in zip(terms(), keys, strict=True))
+
+
+# Its derivatives, by hand, of one block; or of the mean of all of them for index None.
+
+
+class Hand(NamedTuple):
+    """Derivatives of G_i and F_j, with w for omega and t for theta as flat arrays."""
+
+    inner: dict[str, np.ndarray]
+    outer: dict[str, np.ndarray]
+
+    def of(self, level: str, name: str, i: Any) -> np.ndarray:
+        x = getattr(self, level)[name]
+        return x.mean(axis=0) if i is None else x[2 * i : 2 * i + 2].mean(axis=0)
+
+    def g(self, i: Any, w: np.ndarray, t: np.ndarray) -> np.ndarray:
+        return self.of("inner", "A", i) @ t + self.of("inner", "B", i).T @ w + self.of("inner", "a", i)
+
+    def H(self, i: Any, u: np.ndarray) -> np.ndarray:
+        return self.of("inner", "A", i) @ u
+
+    def cross(self, i: Any, u: np.ndarray) -> np.ndarray:
+        return self.of("inner", "B", i) @ u
+
+    def f_t(self, j: Any, w: np.ndarray, t: np.ndarray) -> np.ndarray:
+        return self.of("outer", "P", j) @ t + self.of("outer", "R", j).T @ w + self.of("outer", "p", j)
+
+    def f_w(self, j: Any, w: np.ndarray, t: np.ndarray) -> np.ndarray:
+        return self.of("outer", "Q", j) @ w + self.of("outer", "R", j) @ t + self.of("outer", "q", j)
+
+
+# The published updates: `i(k)` and `j(k)` are the k-th inner and outer index of the step, `p` a Neumann series' length.
+# Each is a generator: it is sent (step, i, j, p) and yields (omega, theta) after that step.
+
+START = (OMEGA, np.array([0.3, -0.2, 0.7]))
+
+
+def soba(D: Hand) -> Any:
+    (w, t), u, k = START, np.zeros(P), (yield)
+    while True:
+        step, i, j, _ = k
+        d_t, d_u, d_w = (
+            D.g(i(0), w, t),
+            D.H(i(0), u) - D.f_t(j(0), w, t),
+            D.f_w(j(0), w, t) - D.cross(i(0), u),
+        )
+        t, u, w = t - RHO * d_t, u - RHO_U * d_u, w - gamma(step) * d_w
+        k = yield w, t
+
+
+def ma_soba(D: Hand) -> Any:
+    (w, t), u, h, k = START, np.zeros(P), np.zeros(Q), (yield)
+    while True:
+        step, i, j, _ = k
+        d_t, d_u, d_w = D.g(i(0), w, t), D.H(i(0), u) - D.f_t(j(0), w, t), D.f_w(j(0), w, t) - D.cross(i(0), u)
+        t, u, w = t - RHO * d_t, u - RHO_U * d_u, w - gamma(step) * h
+        h = (1 - ETA) * h + ETA * d_w
+        k = yield w, t
+
+
+def saba(D: Hand) -> Any:
+    (w, t), u, k = START, np.zeros(P), (yield)
+    # What was seen last: the point (w, t, u) of each term, from which its values are computed anew.
+    seen_i, seen_j = [(w, t, u)] * N, [(w, t, u)] * M
+
+    def saga(value: Callable[..., np.ndarray], seen: list[Any], index: int) -> np.ndarray:
+        mean = np.mean([value(k, *z) for k, z in enumerate(seen)], axis=0)
+        return value(index, w, t, u) - value(index, *seen[index]) + mean
+
+    while True:
+        step, i, j, _ = k
+        a, b = i(0), j(0)
+        d_t = saga(lambda k, w, t, u: D.g(k, w, t), seen_i, a)
+        d_u = saga(lambda k, w, t, u: D.H(k, u), seen_i, a) - saga(lambda k, w, t, u: D.f_t(k, w, t), seen_j, b)
+        d_w = saga(lambda k, w, t, u: D.f_w(k, w, t), seen_j, b) - saga(lambda k, w, t, u: D.cross(k, u), seen_i, a)
+        seen_i[a], seen_j[b] = (w, t, u), (w, t, u)
+        t, u, w = t - RHO * d_t, u - RHO_U * d_u, w - gamma(step) * d_w
+        k = yield w, t
+
+
+PERIOD, RADIUS = 7, 1.5
+
+
+def srba(D: Hand) -> Any:
+    (w, t), u, k = START, np.zeros(P), (yield)
+    old, estimate = (w, t, u), None
+
+    def directions(a: Any, b: Any, w: np.ndarray, t: np.ndarray, u: np.ndarray) -> list[np.ndarray]:
+        return [D.g(a, w, t), D.H(a, u) - D.f_t(b, w, t), D.f_w(b, w, t) - D.cross(a, u)]
+
+    while True:
+        step, i, j, _ = k
+        if step % PERIOD == 0:
+            estimate = directions(None, None, w, t, u)
+        else:
+            new, before = directions(i(0), j(0), w, t, u), directions(i(0), j(0), *old)
+            estimate = [x - y + e for x, y, e in zip(new, before, estimate)]
+        old = (w, t, u)
+        t, u, w = t - RHO * estimate[0], u - RHO_U * estimate[1], w - gamma(step) * estimate[2]
+        u = u * min(1.0, RADIUS / np.linalg.norm(u))
+        k = yield w, t
+
+
+def fsla(D: Hand) -> Any:
+    (w, t), u, k = START, np.zeros(P), (yield)
+    w_old, h = w, None
+    while True:
+        step, i, j, _ = k
+        t_old, u_old = t, u
+        t = t - RHO * D.g(i(0), w, t)
+        u = u - RHO_U * (D.H(i(1), u) - D.f_t(j(0), w, t))
+        new = D.f_w(j(1), w, t) - D.cross(i(2), u)
+        old = D.f_w(j(1), w_old, t_old) - D.cross(i(2), u_old)
+        h = new if step == 0 else new + (1 - ETA) * (h - old)
+        w_old, w = w, w - gamma(step) * h
+        k = yield w, t
+
+
+def random_series(D: Hand, w: np.ndarray, t: np.ndarray, i: Any, j: int, p: int, first: int, terms: int) -> np.ndarray:
+    u = D.f_t(j, w, t)
+    for k in range(p):
+        u = u - 0.3 * D.H(i(first + 1 + k), u)
+    return D.f_w(j, w, t) - D.cross(i(first), terms * 0.3 * u)
+
+
+def fixed_series(D: Hand, w: np.ndarray, t: np.ndarray, i: Any, j: Any, first: int, steps: int) -> np.ndarray:
+    term = D.f_t(j, w, t)
+    total = term.copy()
+    for k in range(steps):
+        term = term - 0.3 * D.H(i(first + 1 + k), term)
+        total += term
+    return D.f_w(j, w, t) - D.cross(i(first), 0.3 * total)
+
+
+def momentum(D: Hand, hypergradient: Callable[..., np.ndarray]) -> Any:
+    (w, t), k = START, (yield)
+    w_old, t_old, h_g, h_f = w, t, None, None
+    while True:
+        step, i, j, p = k
+        f = lambda w, t: hypergradient(D, w, t, i, j(0), p)
+        if step == 0:
+            h_g, h_f = D.g(i(0), w, t), f(w, t)
+        else:
+            eta_f = MOMENTA["outer_momentum"](step)
+            h_g = ETA * D.g(i(0), w, t) + (1 - ETA) * (h_g + D.g(i(0), w, t) - D.g(i(0), w_old, t_old))
+            h_f = eta_f * f(w, t) + (1 - eta_f) * (h_f + f(w, t) - f(w_old, t_old))
+        w_old, t_old = w, t
+        w, t = w - gamma(step) * h_f, t - RHO * h_g
+        k = yield w, t
+
+
+def sustain(D: Hand) -> Any:
+    return momentum(D, lambda D, w, t, i, j, p: random_series(D, w, t, i, j, p, first=1, terms=5))
+
+
+def mrbo(D: Hand) -> Any:
+    return momentum(D, lambda D, w, t, i, j, p: fixed_series(D, w, t, i, j, first=1, steps=4))
+
+
+def vrbo(D: Hand) -> Any:
+    (w, t), k = START, (yield)
+    h_g, h_f = None, None
+    while True:
+        step, i, j, _ = k
+        if step % PERIOD == 0:
+            h_g, h_f = D.g(None, w, t), fixed_series(D, w, t, lambda _: None, None, first=0, steps=4)
+        old = (w, t)
+        w = w - gamma(step) * h_f
+        for turn in range(3):
+            h_g = h_g + D.g(i(6 * turn), w, t) - D.g(i(6 * turn), *old)
+            f = lambda w, t, turn=turn: fixed_series(D, w, t, i, j(turn), first=6 * turn + 1, steps=4)
+            h_f = h_f + f(w, t) - f(*old)
+            old = (w, t)
+            t = t - RHO * h_g
+        k = yield w, t
+
+
+def double_loop(D: Hand, inner_steps: int, hypergradient: Callable[..., np.ndarray]) -> Any:
+    (w, t), k = START, (yield)
+    while True:
+        step, i, j, p = k
+        for n in range(inner_steps):
+            t = t - RHO * D.g(i(n), w, t)
+        w = w - gamma(step) * hypergradient(w, t, i, j(0), p)
+        k = yield w, t
+
+
+def ttsa(D: Hand) -> Any:
+    return double_loop(D, 1, lambda w, t, i, j, p: random_series(D, w, t, i, j, p, first=1, terms=5))
+
+
+def bsa(D: Hand) -> Any:
+    return double_loop(D, 3, lambda w, t, i, j, p: random_series(D, w, t, i, j, p, first=3, terms=5))
+
+
+def stocbio(D: Hand) -> Any:
+    return double_loop(D, 3, lambda w, t, i, j, p: fixed_series(D, w, t, i, j, first=3, steps=4))
+
+
+def amigo(D: Hand) -> Any:
+    u = np.zeros(P)
+
+    def hypergradient(w: np.ndarray, t: np.ndarray, i: Any, j: int, _: int) -> np.ndarray:
+        nonlocal u
+        for k in range(4):
+            u = u - RHO_U * (D.H(i(3 + k), u) - D.f_t(j, w, t))
+        return D.f_w(j, w, t) - D.cross(i(7), u)
+
+    return double_loop(D, 3, hypergradient)
+
+
+class Row(NamedTuple):
+    """A method, its published update, and its draws per step of the inner and the outer samples."""
+
+    build: Callable[[], fb.BilevelSolver]
+    by_hand: Callable[[Hand], Any]
+    draws: tuple[int, int]
+
+
+METHODS: dict[str, Row] = {
+    "soba": Row(lambda: fb.soba(PROBLEM, **LINEAR), soba, (1, 1)),
+    "ma_soba": Row(lambda: fb.ma_soba(PROBLEM, **LINEAR, momentum=ETA), ma_soba, (1, 1)),
+    "saba": Row(lambda: fb.saba(PROBLEM, **LINEAR), saba, (1, 1)),
+    "srba": Row(lambda: fb.srba(PROBLEM, **LINEAR, period=PERIOD, radius=RADIUS), srba, (1, 1)),
+    "fsla": Row(lambda: fb.fsla(PROBLEM, **LINEAR, momentum=ETA), fsla, (3, 2)),
+    "sustain": Row(lambda: fb.sustain(PROBLEM, **SERIES, **MOMENTA, neumann_terms=5), sustain, (6, 1)),
+    "mrbo": Row(lambda: fb.mrbo(PROBLEM, **SERIES, **MOMENTA, neumann_steps=4), mrbo, (6, 1)),
+    "vrbo": Row(lambda: fb.vrbo(PROBLEM, **SERIES, inner_steps=3, period=PERIOD, neumann_steps=4), vrbo, (18, 3)),
+    "ttsa": Row(lambda: fb.ttsa(PROBLEM, **SERIES, neumann_terms=5), ttsa, (6, 1)),
+    "bsa": Row(lambda: fb.bsa(PROBLEM, **SERIES, inner_steps=3, neumann_terms=5), bsa, (8, 1)),
+    "stocbio": Row(lambda: fb.stocbio(PROBLEM, **SERIES, inner_steps=3, neumann_steps=4), stocbio, (8, 1)),
+    "amigo": Row(lambda: fb.amigo(PROBLEM, **LINEAR, inner_steps=3, linear_steps=4), amigo, (8, 1)),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_iterates_are_those_of_the_published_update(x64, method):
+    row = METHODS[method]
+    solver = row.build()
+
+    @jax.jit
+    def run(inner: fb.FiniteSum, outer: fb.FiniteSum) -> Any:
+        def step(state: Any, _: None) -> Any:
+            state, metrics = solver.step(state, inner, outer)
+            return state, (state.outer_params, flat(state.inner_params), metrics)
+
+        start = solver.init(jax.random.key(1), OMEGA, inner, THETA, outer)
+        state, trace = jax.lax.scan(step, start, None, length=STEPS)
+        drawn = [
+            jax.lax.map(source.index, jnp.arange(STEPS * n)).reshape(STEPS, n)
+            for source, n in zip((inner, outer), row.draws, strict=True)
+        ]
+        return state.step, trace, drawn
+
+    taken, (omegas, thetas, metrics), drawn = jax.device_get(run(*sources(replace=False)))
+    lengths = metrics.get("neumann_length", np.zeros(STEPS, int))
+    by_hand = row.by_hand(Hand(*terms()))
+    next(by_hand)
+    for t in range(STEPS):
+        omega, theta = by_hand.send((t, lambda k, t=t: drawn[0][t, k], lambda k, t=t: drawn[1][t, k], int(lengths[t])))
+        np.testing.assert_allclose(omegas[t], omega, rtol=0, atol=1e-10)
+        np.testing.assert_allclose(thetas[t], theta, rtol=0, atol=1e-10)
+    assert np.linalg.norm(omegas[-1] - OMEGA) > 0.1  # it went somewhere
+    assert taken == STEPS
+    for level in ("inner", "adjoint", "outer"):
+        assert np.all(metrics[f"{level}_finite"])
+    if "neumann_length" in metrics:
+        assert set(lengths) == {0, 1, 2, 3, 4}
