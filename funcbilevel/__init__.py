@@ -20,14 +20,22 @@ from funcbilevel._estimator import Hypergradient as Hypergradient
 from funcbilevel._estimator import InnerSolution as InnerSolution
 from funcbilevel._estimators.aid import aid as aid
 from funcbilevel._estimators.alternating import alternating as alternating
+from funcbilevel._estimators.darts import darts as darts
+from funcbilevel._estimators.evolution_strategy import evolution_strategy as evolution_strategy
 from funcbilevel._estimators.funcid import funcid as funcid
 from funcbilevel._estimators.gradient_penalty import gradient_penalty as gradient_penalty
 from funcbilevel._estimators.itd import itd as itd
+from funcbilevel._estimators.kernel_adjoint import kernel_adjoint as kernel_adjoint
 from funcbilevel._estimators.learned_adjoint import learned_adjoint as learned_adjoint
 from funcbilevel._estimators.linear_adjoint import linear_adjoint as linear_adjoint
 from funcbilevel._estimators.pointwise_adjoint import pointwise_adjoint as pointwise_adjoint
+from funcbilevel._estimators.pzobo import pzobo as pzobo
 from funcbilevel._estimators.value_penalty import value_penalty as value_penalty
 from funcbilevel._fit import FitState as FitState
+from funcbilevel._kernels import Kernel as Kernel
+from funcbilevel._kernels import gaussian_kernel as gaussian_kernel
+from funcbilevel._kernels import linear_kernel as linear_kernel
+from funcbilevel._kernels import matern_kernel as matern_kernel
 from funcbilevel._linear_solvers import LinearSolver as LinearSolver
 from funcbilevel._linear_solvers import cg as cg
 from funcbilevel._linear_solvers import from_lineax as from_lineax
@@ -53,10 +61,15 @@ from funcbilevel._problem import predictor as predictor
 from funcbilevel._state import state_from_arrays as state_from_arrays
 from funcbilevel._state import state_to_arrays as state_to_arrays
 from funcbilevel._stochastic.amigo import amigo as amigo
+from funcbilevel._stochastic.bome import bome as bome
 from funcbilevel._stochastic.bsa import bsa as bsa
+from funcbilevel._stochastic.f2sa import f2sa as f2sa
+from funcbilevel._stochastic.f3sa import f3sa as f3sa
 from funcbilevel._stochastic.fsla import fsla as fsla
 from funcbilevel._stochastic.ma_soba import ma_soba as ma_soba
+from funcbilevel._stochastic.meha import meha as meha
 from funcbilevel._stochastic.mrbo import mrbo as mrbo
+from funcbilevel._stochastic.pbgd import pbgd as pbgd
 from funcbilevel._stochastic.saba import saba as saba
 from funcbilevel._stochastic.soba import soba as soba
 from funcbilevel._stochastic.srba import srba as srba
@@ -83,6 +96,7 @@ __all__ = [
     "FunctionalProblem",
     "Hypergradient",
     "InnerSolution",
+    "Kernel",
     "LinearHead",
     "LinearSolver",
     "Minibatches",
@@ -97,10 +111,15 @@ __all__ = [
     "alternating",
     "amigo",
     "bilevel",
+    "bome",
     "bsa",
     "cg",
     "compare_costs",
     "cost",
+    "darts",
+    "evolution_strategy",
+    "f2sa",
+    "f3sa",
     "finite_sum",
     "from_function",
     "from_lineax",
@@ -108,24 +127,31 @@ __all__ = [
     "from_nnx",
     "fsla",
     "funcid",
+    "gaussian_kernel",
     "gmres",
     "gradient_descent",
     "gradient_penalty",
     "hypergradient",
     "identity",
     "itd",
+    "kernel_adjoint",
     "learned_adjoint",
     "linear_adjoint",
+    "linear_kernel",
     "ma_soba",
+    "matern_kernel",
     "measure_costs",
+    "meha",
     "mixed_precision",
     "mrbo",
     "neumann",
     "normal_cg",
     "parametrize",
     "partition",
+    "pbgd",
     "pointwise_adjoint",
     "predictor",
+    "pzobo",
     "saba",
     "soba",
     "srba",

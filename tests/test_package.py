@@ -37,7 +37,7 @@ LAYERS = [
     {"_problem", "_fit"},
     {"_estimator"},
     {"_check"},
-    {"_linear_solvers", "_features"},
+    {"_linear_solvers", "_features", "_kernels"},
     {"_ridge"},
     {"_variable_projection", "_precision"},
 ]

@@ -72,13 +72,13 @@ class Levels(NamedTuple):
 def optimizers(function: str, inner: StepSize, outer: StepSize, linear: StepSize = 1.0) -> Levels:
     """A number or a schedule is gradient descent with that step size; schedules count outer steps."""
     return Levels(
-        _optimizer(function, "inner_optimizer", inner),
-        _optimizer(function, "linear_optimizer", linear),
-        _optimizer(function, "outer_optimizer", outer),
+        optimizer_of(function, "inner_optimizer", inner),
+        optimizer_of(function, "linear_optimizer", linear),
+        optimizer_of(function, "outer_optimizer", outer),
     )
 
 
-def _optimizer(function: str, name: str, size: StepSize) -> optax.GradientTransformationExtraArgs:
+def optimizer_of(function: str, name: str, size: StepSize) -> optax.GradientTransformationExtraArgs:
     if isinstance(size, tuple):
         check_optimizer(function, name, size)
         return optax.with_extra_args_support(size)
@@ -106,6 +106,13 @@ def moved(
     """`params` after one step of the optimizer along -direction, and the optimizer's state."""
     updates, opt_state = optimizer.update(direction, opt_state, params, step=step)
     return optax.apply_updates(params, updates), opt_state
+
+
+class PenaltyState(NamedTuple):
+    """y, like inner_params: what pays for leaving the inner solution; and the state of its optimizer."""
+
+    y: InnerParams
+    opt_state: optax.OptState
 
 
 class LinearState(NamedTuple):

@@ -91,6 +91,16 @@ def inner_gradient(
     return mean_over_devices(problem, (value, gradient))
 
 
+def inner_gradients(
+    problem: ParametricProblem, omega: OuterParams, theta: InnerParams, batch: Batch
+) -> tuple[jax.Array, OuterParams, InnerParams]:
+    """G, d_omega G and d_theta G."""
+    value, (g_omega, g_theta) = jax.value_and_grad(
+        lambda omega, theta: inner_value(problem, omega, theta, batch)[0], argnums=(0, 1)
+    )(omega, theta)
+    return mean_over_devices(problem, (value, g_omega, g_theta))
+
+
 def hessian_product(
     problem: ParametricProblem, omega: OuterParams, theta: InnerParams, batch: Batch, u: InnerParams
 ) -> InnerParams:
@@ -153,6 +163,13 @@ def joined(gradient: InnerParams, Hu: InnerParams, cross: OuterParams, outer: Ou
 def report(D: Directions, direction: OuterParams) -> Report:
     """`direction` is what moved omega."""
     return Report(D.inner_value, D.outer_value, D.explicit, D.implicit, direction, D.metrics)
+
+
+def penalty_report(F: Outer, at_y: OuterParams, at_theta: OuterParams, weight: Any, inner_value: jax.Array) -> Report:
+    """Of a penalty method: d_omega F + weight (d_omega G(y) - d_omega G(theta))."""
+    g_imp = jax.tree.map(lambda a, b: jnp.asarray(weight, a.dtype) * (a - b), at_y, at_theta)
+    metrics = F.aux | {"outer_finite": all_finite(F.value, F.d), "penalty": jnp.asarray(weight, F.value.dtype)}
+    return Report(inner_value, F.value, F.g_exp, g_imp, tree_add_scaled(F.g_exp, 1.0, g_imp), metrics)
 
 
 def recursive_momentum(
