@@ -32,6 +32,7 @@ from funcbilevel._estimators.pointwise_adjoint import pointwise_adjoint as point
 from funcbilevel._estimators.pzobo import pzobo as pzobo
 from funcbilevel._estimators.value_penalty import value_penalty as value_penalty
 from funcbilevel._fit import FitState as FitState
+from funcbilevel._followers import followers as followers
 from funcbilevel._kernels import Kernel as Kernel
 from funcbilevel._kernels import gaussian_kernel as gaussian_kernel
 from funcbilevel._kernels import linear_kernel as linear_kernel
@@ -121,6 +122,7 @@ __all__ = [
     "f2sa",
     "f3sa",
     "finite_sum",
+    "followers",
     "from_function",
     "from_lineax",
     "from_linen",

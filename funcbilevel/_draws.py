@@ -7,6 +7,7 @@ So a method says once what it draws ("0: inner gradient, 1: Hessian product, 2: 
 source serves it.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
@@ -177,3 +178,29 @@ def check_draws(function: str, source: Batch | Minibatches | Sampler, inner_step
                 f"{function}: inner_batch is fb.Minibatches of {size} batches, expected inner_steps={inner_steps} (one "
                 f"for each inner step) or {inner_steps + 1} (and one for the hypergradient); stack that many."
             )
+
+
+def run_steps(
+    step: Callable[[Any, Any, Any], tuple[Any, Any]], state: Any, inner: Any, outer: Any, num_steps: int | None
+) -> tuple[Any, Any]:
+    """One scan of steps over the leading axis of the batches; a `Sampler` or a `FiniteSum` is one for all."""
+    sources, structure = jax.tree.flatten((inner, outer), is_leaf=_is_source)
+    still = [_is_source(source) for source in sources]
+    moving = [None if s else source for s, source in zip(still, sources, strict=True)]
+    if not all(still):
+        check_leading_axis("run", "outer steps", batches=moving)
+    elif num_steps is None:
+        raise ValueError(
+            "run: num_steps is None, but both sources give samples for any number of outer steps; pass num_steps=<how "
+            "many>."
+        )
+
+    def one(state: Any, batches: list[Any]) -> tuple[Any, Any]:
+        now = [source if s else batch for s, source, batch in zip(still, sources, batches, strict=True)]
+        return step(state, *jax.tree.unflatten(structure, now))
+
+    return jax.lax.scan(one, state, moving, length=num_steps)
+
+
+def _is_source(x: Any) -> bool:
+    return isinstance(x, (Sampler, FiniteSum))

@@ -41,7 +41,7 @@ def assert_close(got: Any, expected: Any, tolerance: float) -> None:
 @pytest.mark.parametrize("name", ["logistic-ridge", "softmax"])
 def test_darts_is_the_derivative_of_one_inner_step(x64, name):
     """Of the step that it makes itself, beginning where the inner solution is."""
-    case, expected = build(name), estimate(name, fb.itd(1))
+    expected = estimate(name, fb.itd(1))
     h = estimate(name, fb.darts(XI, radius=1e-4))
     assert_close(h.implicit, expected.implicit, 1e-6)
     assert_close(h.gradient, expected.gradient, 1e-6)
@@ -49,17 +49,13 @@ def test_darts_is_the_derivative_of_one_inner_step(x64, name):
     rough = estimate(name, fb.darts(XI, radius=2e-4))  # and the error falls as the square of the radius
     errors = [np.linalg.norm(flat(x.implicit) - flat(expected.implicit)) for x in (rough, h)]
     assert 3.0 < errors[0] / errors[1] < 5.0
-    assert case.outer_value != h.outer_value
 
 
 def test_pzobo_is_in_expectation_the_derivative_through_the_inner_steps(x64):
     expected = estimate("ridge", fb.itd(3))
     h = estimate("ridge", fb.pzobo(num_steps=3, num_directions=20_000, radius=1e-4))
     assert_close(h.implicit, expected.implicit, 0.05)
-    assert_close(h.explicit, expected.explicit, 1e-12) if np.any(flat(expected.explicit)) else None
-    # By hand, with the directions that it drew itself: one of them, from its own key.
-    one = [estimate("ridge", fb.pzobo(3, 1, radius=1e-5), key=k).implicit for k in (1, 2)]
-    assert np.linalg.norm(flat(one[0]) - flat(one[1])) > 1e-3
+    np.testing.assert_allclose(flat(h.explicit), flat(expected.explicit), atol=1e-12)
 
 
 def test_evolution_strategy_is_in_expectation_the_smoothed_gradient(x64):

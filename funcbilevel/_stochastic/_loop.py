@@ -19,7 +19,7 @@ from funcbilevel._arguments import (
 from funcbilevel._bilevel import BilevelSolver, BilevelState
 from funcbilevel._check import check_inner, check_objectives
 from funcbilevel._data import batch_form
-from funcbilevel._draws import FiniteSum, Minibatches, Sampler, Source, draw
+from funcbilevel._draws import FiniteSum, Minibatches, Source, draw, run_steps
 from funcbilevel._estimator import Estimator, no_state
 from funcbilevel._problem import FunctionalProblem, ParametricProblem, mean_over_devices
 from funcbilevel._stochastic._oracles import Report
@@ -270,22 +270,7 @@ def solver(
     def run(
         state: BilevelState, inner_batches: Source, outer_batches: Source, num_steps: int | None = None
     ) -> tuple[BilevelState, Metrics]:
-        still = [isinstance(source, (Sampler, FiniteSum)) for source in (inner_batches, outer_batches)]
-        sources = (inner_batches, outer_batches)
-        moving = tuple(None if s else source for s, source in zip(still, sources))
-        if not all(still):
-            names = ("inner_batches", "outer_batches")
-            check_leading_axis("run", "outer steps", **{n: m for n, m in zip(names, moving) if m is not None})
-        elif num_steps is None:
-            raise ValueError(
-                "run: num_steps is None, but both sources give samples for any number of outer steps; pass "
-                "num_steps=<how many>."
-            )
-
-        def one(state: BilevelState, batches: Any) -> tuple[BilevelState, Metrics]:
-            return step(state, *(source if s else batch for s, source, batch in zip(still, sources, batches)))
-
-        return jax.lax.scan(one, state, moving, length=num_steps)
+        return run_steps(step, state, inner_batches, outer_batches, num_steps)
 
     return BilevelSolver(init, step, run)
 
