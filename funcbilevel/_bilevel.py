@@ -12,7 +12,6 @@ from funcbilevel._arguments import (
     as_float_tree,
     check_callable,
     check_key,
-    check_leading_axis,
     check_number,
     check_optimizer,
 )
@@ -32,7 +31,7 @@ from funcbilevel._check import (
 )
 from funcbilevel._data import Form, batch_form
 from funcbilevel._described import describe, described, fields_that_differ
-from funcbilevel._draws import Minibatches, Sampler, check_draws, draw
+from funcbilevel._draws import FiniteSum, Minibatches, Sampler, check_draws, draw, placed, run_steps
 from funcbilevel._estimator import Estimator, Hypergradient, InnerSolution, InnerSolve
 from funcbilevel._fit import FitState, fit
 from funcbilevel._model import Model
@@ -180,6 +179,12 @@ class InnerInit(Protocol):
     def __call__(self, outer_params: OuterParams, key: Key, inner_batch: Batch, /) -> InnerParams: ...
 
 
+class _Run(Protocol):
+    def __call__(
+        self, state: BilevelState, inner_batches: Batch, outer_batches: Batch, num_steps: int | None = None
+    ) -> tuple[BilevelState, Metrics]: ...
+
+
 class BilevelSolver(NamedTuple):
     """A bilevel solver as pure functions, in the manner of `optax.GradientTransformation`.
 
@@ -188,8 +193,9 @@ class BilevelSolver(NamedTuple):
             initial ones; with a `ParametricProblem` they must be given, and inner_batch may be None. outer_params may
             be None with an `outer_model`: its initial ones.
         step: `(state, inner_batch, outer_batch) -> (state, metrics)`, one outer step. Jit it.
-        run: `(state, inner_batches, outer_batches) -> (state, metrics)`, one scan over the leading axis of the
-            batches; metrics have that leading axis too. (A `Sampler` is one for all steps.)
+        run: `(state, inner_batches, outer_batches) -> (state, metrics)`, one scan over the leading axis of the batches;
+            metrics have that leading axis too. (A `Sampler` or a `FiniteSum` is one for all steps; where both are, pass
+            `num_steps=`.)
 
     Metrics are a flat dict of scalars: `outer_objective`; `inner_objective` (at the last inner step, before its
     update, in train mode); `hypergradient_norm`, `explicit_norm`, `implicit_norm`; `inner_finite`,
@@ -203,7 +209,7 @@ class BilevelSolver(NamedTuple):
 
     init: _Init
     step: Callable[[BilevelState, Batch, Batch], tuple[BilevelState, Metrics]]
-    run: Callable[[BilevelState, Batch, Batch], tuple[BilevelState, Metrics]]
+    run: _Run
 
     def __repr__(self) -> str:
         return describe(self)
@@ -236,8 +242,9 @@ def bilevel(
             use them: `value_fn` is omega -> L_out after M inner steps at that omega, from this outer step's start, and
             its derivative the estimator's hypergradient. Each evaluation costs a whole outer step.
         inner_steps: M >= 1. All M see `inner_batch`, and so does the hypergradient, unless `inner_batch` is
-            `Minibatches` (a batch for each) or a `Sampler` (a fresh draw for each); ITD differentiates through each
-            step at its own batch.
+            `Minibatches` (a batch for each), a `Sampler` or a `FiniteSum` (a fresh draw for each); the outer batch may
+            be one of the last two as well, of which each outer step draws once. ITD differentiates through each step at
+            its own batch.
         inner_init: `(outer_params, key, inner_batch) -> inner_params`: where the inner level starts at every outer
             step, with a fresh optimizer state, instead of where the step before ended. For meta-learning, where every
             outer step brings new tasks. ITD with T = M differentiates through it, too (MAML: the start is omega).
@@ -369,8 +376,12 @@ def bilevel(
         omega = state.outer_params
         key, inner_key, estimator_key, outer_key = jax.random.split(state.key, 4)
         check_draws("step", inner_batch, inner_steps)
+        inner_batch = placed(inner_batch, state.step * (inner_steps + 1))
         batch = draw("step", inner_batch, _draw_key(inner_key), inner_steps)
-        if outer_model is not None and isinstance(inner_batch, (Minibatches, Sampler)):
+        if isinstance(outer_batch, Minibatches):
+            raise TypeError("step: outer_batch is fb.Minibatches, but an outer step draws one alone; pass one batch.")
+        outer_batch = draw("step", placed(outer_batch, state.step), _draw_key(outer_key), 0, "outer_batch")
+        if outer_model is not None and isinstance(inner_batch, (Minibatches, Sampler, FiniteSum)):
             raise ValueError(
                 f"step: inner_batch is fb.{type(inner_batch).__name__}, but outer_model is evaluated once per outer "
                 "step, on one batch; pass one batch, or call the outer network in the objectives."
@@ -451,12 +462,10 @@ def bilevel(
         )
         return new_state, metrics
 
-    def run(state: BilevelState, inner_batches: Batch, outer_batches: Batch) -> tuple[BilevelState, Metrics]:
-        if isinstance(inner_batches, Sampler):
-            check_leading_axis("run", "outer steps", outer_batches=outer_batches)
-            return jax.lax.scan(lambda s, outer_batch: step(s, inner_batches, outer_batch), state, outer_batches)
-        check_leading_axis("run", "outer steps", inner_batches=inner_batches, outer_batches=outer_batches)
-        return jax.lax.scan(lambda s, batches: step(s, *batches), state, (inner_batches, outer_batches))
+    def run(
+        state: BilevelState, inner_batches: Batch, outer_batches: Batch, num_steps: int | None = None
+    ) -> tuple[BilevelState, Metrics]:
+        return run_steps(step, state, inner_batches, outer_batches, num_steps)
 
     return BilevelSolver(init, step, run)
 

@@ -7,8 +7,8 @@ So a method says once what it draws ("0: inner gradient, 1: Hessian product, 2: 
 source serves it.
 """
 
+import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -56,7 +56,7 @@ class Sampler(NamedTuple):
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class FiniteSum:
     """Data on the device in n blocks of b samples, of which each draw is one, with an index that is known.
 
@@ -68,22 +68,25 @@ class FiniteSum:
         data: a pytree of arrays [n, b, ...].
         key: the random key of the order.
         replace: whether each draw is independent, or each epoch of n draws a permutation.
+        first: the place in the run of draw number 0; a solver's step sets it.
     """
 
     data: Any
     key: Key
-    replace: bool = field(metadata={"static": True})
+    replace: bool = dataclasses.field(metadata={"static": True})
+    first: Any = 0
 
     @property
     def num_blocks(self) -> int:
         """n."""
         return jax.tree.leaves(self.data)[0].shape[0]
 
-    def index(self, position: Any) -> jax.Array:
-        """The block, an int32 scalar, that draw number `position` of the run takes."""
+    def index(self, i: Any) -> jax.Array:
+        """The block, an int32 scalar, that draw number i takes."""
+        position = jnp.asarray(self.first + i)
         if self.replace:
             return jax.random.randint(jax.random.fold_in(self.key, position), (), 0, self.num_blocks)
-        epoch, place = jnp.divmod(jnp.asarray(position), self.num_blocks)
+        epoch, place = jnp.divmod(position, self.num_blocks)
         return jax.random.permutation(jax.random.fold_in(self.key, epoch), self.num_blocks)[place]
 
     def block(self, index: Any) -> Batch:
@@ -146,11 +149,15 @@ def finite_sum(data: Batch, batch_size: int, *, key: Key | None = None, replace:
     return FiniteSum(blocks, key, replace)
 
 
-def draw(function: str, source: Source, key: Key | None, i: Any, first: Any = 0, name: str = "inner_batch") -> Batch:
+def placed(source: Source, first: Any) -> Source:
+    """The source with its draw number 0 at place `first` of the run; of a `FiniteSum` alone that makes a difference."""
+    return dataclasses.replace(source, first=first) if isinstance(source, FiniteSum) else source
+
+
+def draw(function: str, source: Source, key: Key | None, i: Any, name: str = "inner_batch") -> Batch:
     """The i-th batch of `source`; of `bilevel`'s, number `inner_steps` is that of the hypergradient.
 
     `key` is the same for all i. A plain batch is every draw's; of stacked ones the last serves all that come after it.
-    `first` is the place of draw 0 in the whole run.
     """
     if isinstance(source, Minibatches):
         size = check_leading_axis(function, "draws", **{f"{name}.batches": source.batches})
@@ -164,9 +171,7 @@ def draw(function: str, source: Source, key: Key | None, i: Any, first: Any = 0,
                 "key=jax.random.key(seed)."
             )
         return source.sample(jax.random.fold_in(key, i))
-    if isinstance(source, FiniteSum):
-        return source.block(source.index(first + i))
-    return source
+    return source.block(source.index(i)) if isinstance(source, FiniteSum) else source
 
 
 def check_draws(function: str, source: Batch | Minibatches | Sampler, inner_steps: int) -> None:
@@ -184,22 +189,26 @@ def run_steps(
     step: Callable[[Any, Any, Any], tuple[Any, Any]], state: Any, inner: Any, outer: Any, num_steps: int | None
 ) -> tuple[Any, Any]:
     """One scan of steps over the leading axis of the batches; a `Sampler` or a `FiniteSum` is one for all."""
-    sources, structure = jax.tree.flatten((inner, outer), is_leaf=_is_source)
-    still = [_is_source(source) for source in sources]
-    moving = [None if s else source for s, source in zip(still, sources, strict=True)]
-    if not all(still):
-        check_leading_axis("run", "outer steps", batches=moving)
+
+    def moving(source: Any) -> Any:
+        return jax.tree.map(lambda x: None if _is_source(x) else x, source, is_leaf=_is_source)
+
+    batches = {"inner_batches": moving(inner), "outer_batches": moving(outer)}
+    if jax.tree.leaves(batches) or not any(map(_is_source, jax.tree.leaves((inner, outer), is_leaf=_is_source))):
+        check_leading_axis("run", "outer steps", **batches)
     elif num_steps is None:
         raise ValueError(
-            "run: num_steps is None, but both sources give samples for any number of outer steps; pass num_steps=<how "
-            "many>."
+            "run: num_steps is None, but the sources give samples for any number of outer steps; pass "
+            "num_steps=<how many>."
         )
 
-    def one(state: Any, batches: list[Any]) -> tuple[Any, Any]:
-        now = [source if s else batch for s, source, batch in zip(still, sources, batches, strict=True)]
-        return step(state, *jax.tree.unflatten(structure, now))
+    def one(state: Any, now: dict[str, Any]) -> tuple[Any, Any]:
+        def at(source: Any, batch: Any) -> Any:
+            return jax.tree.map(lambda s, x: s if _is_source(s) else x, source, batch, is_leaf=_is_source)
 
-    return jax.lax.scan(one, state, moving, length=num_steps)
+        return step(state, at(inner, now["inner_batches"]), at(outer, now["outer_batches"]))
+
+    return jax.lax.scan(one, state, batches, length=num_steps)
 
 
 def _is_source(x: Any) -> bool:

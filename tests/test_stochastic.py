@@ -1,5 +1,6 @@
 """The stochastic methods against transcriptions of their published updates, in NumPy, on quadratic finite sums."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -7,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import funcbilevel as fb
@@ -468,3 +470,139 @@ def test_first_order_methods_take_no_second_derivative(method):
     else:
         with pytest.raises(Exception, match=r"second derivative|forward-mode"):
             trace()
+
+
+# Draws.
+
+
+def test_shuffled_epochs_and_draws_with_replacement():
+    source = fb.finite_sum((jnp.arange(12.0), jnp.arange(24).reshape(12, 2)), 3, key=jax.random.key(5))
+    order = np.asarray(jax.lax.map(source.index, jnp.arange(12))).reshape(3, 4)
+    assert all(sorted(epoch) == [0, 1, 2, 3] for epoch in order)
+    assert len({tuple(epoch) for epoch in order}) > 1
+    np.testing.assert_array_equal(source.block(1)[0], [3.0, 4.0, 5.0])
+    np.testing.assert_array_equal(source.mean(lambda b: jnp.sum(b[0])), 66.0 / 4)
+    drawn = jax.lax.map(fb.finite_sum(jnp.arange(12), 3, replace=True).index, jnp.arange(400))
+    assert np.all(np.bincount(drawn, minlength=4) > 60)
+    assert sorted(np.asarray(drawn[:4])) != [0, 1, 2, 3] or sorted(np.asarray(drawn[4:8])) != [0, 1, 2, 3]
+    with pytest.raises(ValueError, match="batch_size must divide the number of samples, got batch_size=5 for 12"):
+        fb.finite_sum(jnp.arange(12), 5)
+
+
+def test_every_kind_of_source_serves_every_draw():
+    """AmIGO's eight inner draws: fresh ones from a sampler, those of a stack in their order, one batch for all."""
+    solver = build("amigo")
+    inner, outer = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), terms())
+    theta = jax.tree.map(jnp.float32, THETA)
+    sample = lambda data, key: jax.tree.map(lambda x: x[jax.random.randint(key, (2,), 0, len(x))], data)
+    stacked = jax.tree.map(lambda x: jnp.stack([x[:2]] * 8), inner)
+    whole = jax.tree.map(lambda x: x[:2], inner)
+    ends = {}
+    for name, source in {
+        "sampler": fb.Sampler(jax.tree_util.Partial(sample, inner)),
+        "stack": fb.Minibatches(stacked),
+        "batch": whole,
+        "sum": fb.finite_sum(whole, 2),
+    }.items():
+        state = solver.init(jax.random.key(0), jnp.float32(OMEGA), source, theta)
+        ends[name] = np.asarray(jax.jit(solver.step)(state, source, outer)[0].outer_params)
+    np.testing.assert_array_equal(ends["stack"], ends["batch"])  # a stack of one batch is that batch
+    np.testing.assert_array_equal(ends["sum"], ends["batch"])  # so is a sum of one block
+    assert np.any(ends["sampler"] != ends["batch"])
+    with pytest.raises(ValueError, match=r"inner_batch is fb.Minibatches of 3 batches, expected 8, as many as"):
+        solver.step(state, fb.Minibatches(jax.tree.map(lambda x: x[:3], stacked)), outer)
+
+
+def test_bilevel_draws_from_finite_sums(x64):
+    """Each inner step and the hypergradient see the blocks whose indices the sum tells."""
+    inner, outer = sources(replace=False)
+    make = lambda: fb.bilevel(
+        *(PROBLEM, None, fb.aid(fb.cg(P))),
+        inner_optimizer=optax.sgd(RHO),
+        outer_optimizer=optax.sgd(0.1),
+        inner_steps=2,
+    )
+
+    @jax.jit
+    def run(inner: fb.FiniteSum, outer: fb.FiniteSum) -> Any:
+        solver = make()
+        state = solver.init(jax.random.key(0), OMEGA, inner, THETA)
+        return solver.run(state, inner, outer, 4)[0], jax.lax.map(inner.index, jnp.arange(12)), outer.index(3)
+
+    state, i, j = run(inner, outer)
+    D, (w, t) = Hand(*terms()), START
+    drawn = np.asarray(jax.lax.map(outer.index, jnp.arange(4)))
+    for step in range(4):
+        for n in range(2):
+            t = t - RHO * D.g(int(i[3 * step + n]), w, t)
+        a, b = int(i[3 * step + 2]), int(drawn[step])
+        u = np.linalg.solve(D.of("inner", "A", a), D.f_t(b, w, t))
+        w = w - 0.1 * (D.f_w(b, w, t) - D.cross(a, u))
+    np.testing.assert_allclose(state.outer_params, w, atol=1e-9)
+    assert drawn[3] == j
+
+
+@pytest.mark.parametrize("level", ["inner", "outer"])
+def test_numbers_that_are_not_finite_stop_at_their_level(level):
+    """In one step of SOBA: NaN in a level's samples is flagged there, and omega stays."""
+    solver = build("soba")
+    inner, outer = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), terms())
+    theta = jax.tree.map(jnp.float32, THETA)
+    bad = {"inner": (inner | {"a": inner["a"] * jnp.nan}, outer), "outer": (inner, outer | {"p": outer["p"] * jnp.nan})}
+    state = solver.init(jax.random.key(0), jnp.float32(OMEGA), inner, theta)
+    after, metrics = jax.jit(solver.step)(state, *bad[level])
+    assert not bool(metrics[f"{level}_finite"])
+    assert bool(metrics["adjoint_finite"])
+    assert level == "inner" or bool(metrics["inner_finite"])
+    np.testing.assert_array_equal(after.outer_params, state.outer_params)
+    assert np.all(np.isfinite(flat(after.inner_params)))
+    assert np.all(np.isfinite(flat(after.estimator_state.u)))
+
+
+def test_optimizers_schedules_seeds_and_train():
+    """Optax at every level, one trace, several seeds at once, and `train` on sources."""
+    solver = fb.soba(
+        PROBLEM, inner_optimizer=optax.adam(0.05), linear_optimizer=optax.sgd(0.1), outer_optimizer=optax.adam(0.05)
+    )
+    data = [fb.finite_sum(jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), t), 2) for t in terms()]
+    theta = jax.tree.map(jnp.float32, THETA)
+    start = lambda key: solver.init(key, jnp.float32(OMEGA), data[0], theta)
+    pair = jax.tree_util.Partial(lambda sources, key, step: sources, tuple(data))
+    state, metrics = fb.train(solver, start(jax.random.key(0)), pair, 30, chunk=10, progress=False)
+    by_run, _ = jax.jit(solver.run, static_argnums=3)(start(jax.random.key(0)), *data, 30)
+    np.testing.assert_allclose(state.outer_params, by_run.outer_params, rtol=1e-5)
+    assert metrics["linear_residual"].shape == (30,)
+    states = jax.vmap(start)(jax.random.split(jax.random.key(0), 2))
+    seeds = fb.finite_sum(jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), terms()[0]), 2)
+    seeds = dataclasses.replace(seeds, key=jax.random.split(jax.random.key(1), 2))
+    axes = dataclasses.replace(seeds, data=None, key=0, first=None)
+    after, _ = jax.vmap(solver.step, in_axes=(0, axes, None))(states, seeds, data[1])
+    assert after.outer_params.shape == (2, Q)
+
+
+def test_bad_input():
+    whole = {"inner_optimizer": 0.1, "linear_optimizer": 0.1, "outer_optimizer": 0.1}
+    model = fb.from_function(lambda key, x: jnp.ones(1), lambda theta, x: x * theta)
+    functional = fb.FunctionalProblem(lambda w, v, b: jnp.mean(v**2), lambda w, v, b: jnp.mean(v**2))
+    with pytest.raises(TypeError, match=r"must be an fb.ParametricProblem, got a FunctionalProblem; make one of it"):
+        fb.soba(functional, **whole)
+    assert isinstance(fb.soba(fb.parametrize(functional, model), **whole), fb.BilevelSolver)
+    with pytest.raises(ValueError, match=r"inner_optimizer must be a finite number > 0, got -1"):
+        fb.soba(PROBLEM, **whole | {"inner_optimizer": -1.0})
+    with pytest.raises(TypeError, match=r"inner_optimizer must be a number > 0, got 'adam'"):
+        fb.soba(PROBLEM, **whole | {"inner_optimizer": "adam"})
+    inner, outer = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), terms())
+    theta = jax.tree.map(jnp.float32, THETA)
+    saba = fb.saba(PROBLEM, **whole)
+    with pytest.raises(TypeError, match=r"init: inner_batch must be an fb.FiniteSum, because fb.saba"):
+        saba.init(jax.random.key(0), jnp.float32(OMEGA), inner, theta, outer)
+    with pytest.raises(TypeError, match=r"init: outer_batch must be an fb.FiniteSum, .* and pass both at init"):
+        saba.init(jax.random.key(0), jnp.float32(OMEGA), fb.finite_sum(inner, 2), theta)
+    soba = fb.soba(PROBLEM, **whole)
+    with pytest.raises(ValueError, match=r"init: inner_params is None"):
+        soba.init(jax.random.key(0), jnp.float32(OMEGA), inner)
+    source = fb.finite_sum(inner, 2)
+    state = soba.init(jax.random.key(0), jnp.float32(OMEGA), source, theta)
+    with pytest.raises(ValueError, match=r"run: num_steps is None, but the sources give samples"):
+        soba.run(state, source, fb.finite_sum(outer, 2))
+    assert "soba(" in repr(soba)

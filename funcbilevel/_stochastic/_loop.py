@@ -19,7 +19,7 @@ from funcbilevel._arguments import (
 from funcbilevel._bilevel import BilevelSolver, BilevelState
 from funcbilevel._check import check_inner, check_objectives
 from funcbilevel._data import batch_form
-from funcbilevel._draws import FiniteSum, Minibatches, Source, draw, run_steps
+from funcbilevel._draws import FiniteSum, Minibatches, Source, draw, placed, run_steps
 from funcbilevel._estimator import Estimator, no_state
 from funcbilevel._problem import FunctionalProblem, ParametricProblem, mean_over_devices
 from funcbilevel._stochastic._oracles import Report
@@ -36,14 +36,9 @@ class Reader(NamedTuple):
     name: str
     source: Any
     key: Key
-    first: jax.Array
 
     def __call__(self, i: Any) -> Batch:
-        return draw("step", self.source, self.key, i, self.first, self.name)
-
-    def index(self, i: Any) -> jax.Array:
-        """Of a `FiniteSum`: the block that draw number i takes."""
-        return self.source.index(self.first + i)
+        return draw("step", self.source, self.key, i, self.name)
 
 
 class Draws(NamedTuple):
@@ -81,14 +76,18 @@ def optimizers(function: str, inner: StepSize, outer: StepSize, linear: StepSize
 def optimizer_of(function: str, name: str, size: StepSize) -> optax.GradientTransformationExtraArgs:
     if isinstance(size, tuple):
         check_optimizer(function, name, size)
-        return optax.with_extra_args_support(size)
+        return optax.with_extra_args_support(optax.GradientTransformation(*size))
     at = schedule(function, name, size, positive=True)
 
-    def update(direction: PyTree, state: Any, params: PyTree = None, *, step: jax.Array, **_: Any) -> Any:
+    def update(updates: PyTree, state: Any, params: PyTree = None, **extra: Any) -> Any:
         del params
-        return jax.tree.map(lambda d: -jnp.asarray(at(step), d.dtype) * d, direction), state
+        return jax.tree.map(lambda d: -jnp.asarray(at(extra["step"]), d.dtype) * d, updates), state
 
-    return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
+    def init(params: PyTree) -> Any:
+        del params
+        return optax.EmptyState()
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def schedule(function: str, name: str, value: Schedule, *, positive: bool = False) -> Callable[[jax.Array], Any]:
@@ -230,8 +229,8 @@ def solver(
         check_source("step", "outer_batch", outer_batch)
         key, inner_key, outer_key, own_key = jax.random.split(state.key, 4)
         draws = Draws(
-            Reader("inner_batch", inner_batch, inner_key, state.step * inner_draws),
-            Reader("outer_batch", outer_batch, outer_key, state.step * outer_draws),
+            Reader("inner_batch", placed(inner_batch, state.step * inner_draws), inner_key),
+            Reader("outer_batch", placed(outer_batch, state.step * outer_draws), outer_key),
         )
         omega, theta = state.outer_params, state.inner_params
         check_objectives("step", problem, None, estimator, omega, theta, (), draws.inner(0), draws.outer(0), told)

@@ -127,12 +127,11 @@ def products(
         return jax.value_and_grad(value, argnums=(0, 1))(omega, theta)
 
     if reverse_only(value, omega, theta):
-        (G, (_, gradient)), pull = jax.vjp(gradients, omega, theta)
-        zero = (jnp.zeros_like(G), (jax.tree.map(jnp.zeros_like, omega), u))
-        cross, Hu = pull(zero)
-    else:
-        (G, (_, gradient)), (_, (cross, Hu)) = jax.jvp(lambda theta: gradients(omega, theta), (theta,), (u,))
-    return Products(*mean_over_devices(problem, (G, gradient, Hu, cross)))
+        (at, (_, gradient)), pull = jax.vjp(gradients, omega, theta)
+        cross, Hu = pull((jnp.zeros_like(at), (jax.tree.map(jnp.zeros_like, omega), u)))
+        return Products(*mean_over_devices(problem, (at, gradient, Hu, cross)))
+    (at, (_, gradient)), (_, (cross, Hu)) = jax.jvp(lambda theta: gradients(omega, theta), (theta,), (u,))
+    return Products(*mean_over_devices(problem, (at, gradient, Hu, cross)))
 
 
 def directions(

@@ -112,5 +112,5 @@ def f2sa(
         after = outer_step(levels, report.direction, state)
         return after._replace(estimator_state=PenaltyState(y, opt_state)), report
 
-    draws = {"inner_draws": 2 * inner_steps + 2, "outer_draws": inner_steps + 1}
-    return solver("f2sa", problem, levels, own, update, **draws)
+    draws = 2 * inner_steps + 2
+    return solver("f2sa", problem, levels, own, update, inner_draws=draws, outer_draws=inner_steps + 1)

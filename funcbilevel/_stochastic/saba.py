@@ -122,8 +122,8 @@ def saba(
         omega, theta, (linear, inner, outer) = state.outer_params, state.inner_params, state.estimator_state
         G, *inner_now = products(problem, omega, theta, draws.inner(0), linear.u)
         F = outer_gradients(problem, omega, theta, draws.outer(0))
-        (gradient, Hu, cross), inner = corrected(inner, draws.inner.index(0), tuple(inner_now))
-        (d, g_exp), outer = corrected(outer, draws.outer.index(0), _outer(F))
+        (gradient, Hu, cross), inner = corrected(inner, draws.inner.source.index(0), tuple(inner_now))
+        (d, g_exp), outer = corrected(outer, draws.outer.source.index(0), _outer(F))
         D = joined(gradient, Hu, cross, F._replace(d=d, g_exp=g_exp), G)
         after = outer_step(levels, D.omega, inner_step(levels, D.theta, state))
         linear = linear_step(levels, D.u, linear, state.step)

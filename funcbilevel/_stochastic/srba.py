@@ -20,7 +20,16 @@ from funcbilevel._stochastic._loop import (
     outer_step,
     solver,
 )
-from funcbilevel._stochastic._oracles import Directions, Report, directions, joined, outer_gradients, products, report
+from funcbilevel._stochastic._oracles import (
+    Directions,
+    Products,
+    Report,
+    directions,
+    joined,
+    outer_gradients,
+    products,
+    report,
+)
 from funcbilevel._tree import tree_norm
 from funcbilevel._typing import InnerParams, Key, OuterParams, PyTree
 
@@ -90,9 +99,9 @@ def srba(
         return SrbaState(linear, (omega, theta, linear.u), (linear.u, linear.u, jax.tree.map(jnp.zeros_like, omega)))
 
     def whole(omega: OuterParams, theta: InnerParams, u: InnerParams, draws: Draws) -> Directions:
-        G, *inner = draws.inner.source.mean(lambda batch: products(problem, omega, theta, batch, u))
+        inner: Products = draws.inner.source.mean(lambda batch: products(problem, omega, theta, batch, u))
         F = draws.outer.source.mean(lambda batch: outer_gradients(problem, omega, theta, batch))
-        return joined(*inner, F, G)
+        return joined(inner.gradient, inner.Hu, inner.cross, F, inner.value)
 
     def recursive(
         z: tuple[PyTree, PyTree, PyTree], state: SrbaState, draws: Draws
@@ -100,7 +109,7 @@ def srba(
         i, j = draws.inner(0), draws.outer(0)
         # Of both points at once, so that they are one program.
         both = jax.tree.map(lambda *x: jnp.stack(x), z, state.before)
-        D = jax.vmap(lambda z: directions(problem, *z, i, j))(both)
+        D = jax.vmap(lambda omega, theta, u: directions(problem, omega, theta, u, i, j))(*both)
         moves = jax.tree.map(lambda x, e: x[0] - x[1] + e, (D.theta, D.u, D.omega), state.estimates)
         return jax.tree.map(lambda x: x[0], D), moves
 
@@ -110,7 +119,7 @@ def srba(
         z = (state.outer_params, state.inner_params, own_state.linear.u)
 
         def full(_: None) -> tuple[Directions, tuple[PyTree, PyTree, PyTree]]:
-            D = whole(*z, draws)
+            D = whole(z[0], z[1], z[2], draws)
             return D, (D.theta, D.u, D.omega)
 
         D, moves = jax.lax.cond(state.step % period == 0, full, lambda _: recursive(z, own_state, draws), None)

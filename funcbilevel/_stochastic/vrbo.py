@@ -149,5 +149,5 @@ def vrbo(
         last = jax.tree.map(lambda x: x[-1], (seen, G))
         return state._replace(estimator_state=estimates), report_of(last[0], direction, last[1], {})
 
-    draws = {"inner_draws": each * inner_steps, "outer_draws": inner_steps}
-    return solver("vrbo", problem, levels, own, update, **draws, finite_sums=True)
+    draws = each * inner_steps
+    return solver("vrbo", problem, levels, own, update, inner_draws=draws, outer_draws=inner_steps, finite_sums=True)
