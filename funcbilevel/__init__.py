@@ -45,6 +45,9 @@ from funcbilevel._linear_solvers import gradient_descent as gradient_descent
 from funcbilevel._linear_solvers import identity as identity
 from funcbilevel._linear_solvers import neumann as neumann
 from funcbilevel._linear_solvers import normal_cg as normal_cg
+from funcbilevel._methods import Method as Method
+from funcbilevel._methods import MethodTable as MethodTable
+from funcbilevel._methods import methods as methods
 from funcbilevel._model import FrozenState as FrozenState
 from funcbilevel._model import LinearHead as LinearHead
 from funcbilevel._model import Model as Model
@@ -100,6 +103,8 @@ __all__ = [
     "Kernel",
     "LinearHead",
     "LinearSolver",
+    "Method",
+    "MethodTable",
     "Minibatches",
     "Model",
     "NonFiniteError",
@@ -144,6 +149,7 @@ __all__ = [
     "matern_kernel",
     "measure_costs",
     "meha",
+    "methods",
     "mixed_precision",
     "mrbo",
     "neumann",

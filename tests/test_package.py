@@ -90,6 +90,8 @@ def allowed(module: str) -> set[str]:
         return lower | SHARED  # no other estimator, and not the loop
     if module.startswith("_stochastic"):
         return lower | LOOP | STOCHASTIC  # no other method
+    if module == "_methods":  # the table of all of them
+        return {m for m in SHORT if m.startswith(("_estimators.", "_stochastic."))}
     if module in LOOP:
         return lower | LOOP
     (level,) = (i for i, layer in enumerate(LAYERS) if module in layer)

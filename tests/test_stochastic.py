@@ -606,3 +606,15 @@ def test_bad_input():
     with pytest.raises(ValueError, match=r"run: num_steps is None, but the sources give samples"):
         soba.run(state, source, fb.finite_sum(outer, 2))
     assert "soba(" in repr(soba)
+
+
+def test_the_table_of_methods_has_a_row_for_each():
+    table = fb.methods()
+    rows = {row.name: row for row in table.rows}
+    assert set(METHODS) == {name for name, row in rows.items() if row.kind == "solver"}
+    assert {name for name, row in rows.items() if row.kind == "solver" and row.order == "first"} == set(FIRST_ORDER)
+    assert rows["soba"].memory == "one vector like theta"
+    assert rows["amigo"].draws.endswith("outer 0")
+    assert all(rows[name].draws for name in METHODS)
+    assert len(str(table).splitlines()) == len(table.rows) + 2
+    assert "| `saba` | solver | second |" in str(table)

@@ -49,6 +49,9 @@ def aid(linear_solver: LinearSolver | lineax.AbstractLinearSolver[Any], warm_sta
     the draw after those of the inner steps. A leaf of inner_params that the inner objective does not see has no part in
     the linear system; a warning names it.
 
+    Order: second (products with the Hessian in theta, and one cross derivative). Memory: one vector like theta, with a
+    warm start.
+
     Arguments:
         linear_solver: `cg`, `normal_cg`, `gmres`, `neumann`, `gradient_descent`, `identity`, or any lineax solver.
         warm_start: whether the solver starts from the previous outer step's u, or from zero.

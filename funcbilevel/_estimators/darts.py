@@ -5,11 +5,11 @@ import jax.numpy as jnp
 
 from funcbilevel._arguments import check_positive
 from funcbilevel._described import described
-from funcbilevel._estimator import Estimator, Hypergradient, InnerSolution, InnerSolve, no_state
-from funcbilevel._model import Model
-from funcbilevel._problem import Problem, as_parametric, inner_value, mean_over_devices, outer_derivatives
+from funcbilevel._estimator import Call, Estimator, Hypergradient, InnerSolution, by_call, no_state
+from funcbilevel._predictor import as_parametric
+from funcbilevel._problem import inner_value, mean_over_devices, outer_derivatives
 from funcbilevel._tree import all_finite, tree_add_scaled, tree_norm
-from funcbilevel._typing import Batch, InnerParams, Key, OuterParams, PyTree
+from funcbilevel._typing import InnerParams, OuterParams
 
 
 @described
@@ -51,18 +51,8 @@ def darts(step_size: float, radius: float = 0.01) -> Estimator:
     check_positive("darts", "step_size", step_size)
     check_positive("darts", "radius", radius)
 
-    def estimate(
-        problem: Problem,
-        model: Model | None,
-        solve: InnerSolve,
-        outer_params: OuterParams,
-        inner_batch: Batch,
-        outer_batch: Batch,
-        state: PyTree,
-        key: Key | None,
-        /,
-    ) -> tuple[InnerSolution, Hypergradient]:
-        del key
+    def estimate(call: Call) -> tuple[InnerSolution, Hypergradient]:
+        problem, model, solve, outer_params, inner_batch, outer_batch, state, _ = call
         inner = solve(outer_params)
         theta, parametric = inner.fit.params, as_parametric(problem, model, inner.fit.model_state, inner_batch)
 
@@ -82,7 +72,7 @@ def darts(step_size: float, radius: float = 0.01) -> Estimator:
         metrics = aux | {"adjoint_finite": all_finite(g_imp) | ~sound, "outer_finite": sound}
         return inner, Hypergradient(tree_add_scaled(g_exp, 1.0, g_imp), g_exp, g_imp, value, state, metrics)
 
-    return Estimator(no_state, estimate)
+    return Estimator(no_state, by_call(estimate))
 
 
 def _signs(x: jax.Array, epsilon: jax.Array) -> jax.Array:

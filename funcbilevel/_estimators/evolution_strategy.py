@@ -7,12 +7,12 @@ import jax.numpy as jnp
 
 from funcbilevel._arguments import check_number, check_positive
 from funcbilevel._described import described
-from funcbilevel._estimator import Estimator, Hypergradient, InnerSolution, InnerSolve, no_state
+from funcbilevel._estimator import Call, Estimator, Hypergradient, InnerSolution, by_call, no_state
 from funcbilevel._estimators._directions import mean_over_directions
-from funcbilevel._model import Model
-from funcbilevel._problem import Problem, as_parametric, outer_value
+from funcbilevel._predictor import as_parametric
+from funcbilevel._problem import outer_value
 from funcbilevel._tree import all_finite, tree_add_scaled
-from funcbilevel._typing import Batch, InnerParams, Key, OuterParams, PyTree
+from funcbilevel._typing import InnerParams, OuterParams
 
 
 @described
@@ -55,17 +55,8 @@ def evolution_strategy(num_steps: int, num_directions: int, radius: float) -> Es
     check_number("evolution_strategy", "num_directions", num_directions)
     check_positive("evolution_strategy", "radius", radius)
 
-    def estimate(
-        problem: Problem,
-        model: Model | None,
-        solve: InnerSolve,
-        outer_params: OuterParams,
-        inner_batch: Batch,
-        outer_batch: Batch,
-        state: PyTree,
-        key: Key | None,
-        /,
-    ) -> tuple[InnerSolution, Hypergradient]:
+    def estimate(call: Call) -> tuple[InnerSolution, Hypergradient]:
+        problem, model, solve, outer_params, inner_batch, outer_batch, state, key = call
         inner = solve(outer_params)
         theta, parametric = inner.fit.params, as_parametric(problem, model, inner.fit.model_state, inner_batch)
 
@@ -87,4 +78,4 @@ def evolution_strategy(num_steps: int, num_directions: int, radius: float) -> Es
         g_imp = jax.tree.map(jnp.subtract, total, g_exp)
         return inner, Hypergradient(total, g_exp, g_imp, value, state, metrics)
 
-    return Estimator(no_state, estimate, unroll=num_steps)
+    return Estimator(no_state, by_call(estimate), unroll=num_steps)

@@ -48,6 +48,9 @@ def funcid(adjoint: Adjoint) -> Estimator:
 
     With `fb.Minibatches` or `fb.Sampler` as inner batch, P is one batch: the draw after those of the inner steps.
 
+    Order: second in the prediction (products with C, and one cross derivative), first in theta. Memory: that of the
+    adjoint.
+
     Arguments:
         adjoint: how the adjoint function a is represented and fitted: `learned_adjoint`, `linear_adjoint` or
             `pointwise_adjoint`.

@@ -4,12 +4,12 @@ import jax
 
 from funcbilevel._arguments import check_number, check_positive
 from funcbilevel._described import described
-from funcbilevel._estimator import Estimator, Hypergradient, InnerSolution, InnerSolve, no_state
+from funcbilevel._estimator import Call, Estimator, Hypergradient, InnerSolution, by_call, no_state
 from funcbilevel._estimators._directions import mean_over_directions
-from funcbilevel._model import Model
-from funcbilevel._problem import Problem, as_parametric, outer_derivatives
+from funcbilevel._predictor import as_parametric
+from funcbilevel._problem import outer_derivatives
 from funcbilevel._tree import all_finite, tree_add_scaled, tree_vdot
-from funcbilevel._typing import Batch, Key, OuterParams, PyTree
+from funcbilevel._typing import OuterParams
 
 
 @described
@@ -51,17 +51,8 @@ def pzobo(num_steps: int, num_directions: int, radius: float = 1e-2) -> Estimato
     check_number("pzobo", "num_directions", num_directions)
     check_positive("pzobo", "radius", radius)
 
-    def estimate(
-        problem: Problem,
-        model: Model | None,
-        solve: InnerSolve,
-        outer_params: OuterParams,
-        inner_batch: Batch,
-        outer_batch: Batch,
-        state: PyTree,
-        key: Key | None,
-        /,
-    ) -> tuple[InnerSolution, Hypergradient]:
+    def estimate(call: Call) -> tuple[InnerSolution, Hypergradient]:
+        problem, model, solve, outer_params, inner_batch, outer_batch, state, key = call
         inner = solve(outer_params)
         theta, parametric = inner.fit.params, as_parametric(problem, model, inner.fit.model_state, inner_batch)
         value, aux, g_exp, d = outer_derivatives(parametric, outer_params, theta, outer_batch)
@@ -75,4 +66,4 @@ def pzobo(num_steps: int, num_directions: int, radius: float = 1e-2) -> Estimato
         metrics = aux | {"adjoint_finite": all_finite(g_imp) | ~sound, "outer_finite": sound}
         return inner, Hypergradient(tree_add_scaled(g_exp, 1.0, g_imp), g_exp, g_imp, value, state, metrics)
 
-    return Estimator(no_state, estimate, unroll=num_steps)
+    return Estimator(no_state, by_call(estimate), unroll=num_steps)
