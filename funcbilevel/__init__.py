@@ -33,6 +33,7 @@ from funcbilevel._estimators.pzobo import pzobo as pzobo
 from funcbilevel._estimators.value_penalty import value_penalty as value_penalty
 from funcbilevel._fit import FitState as FitState
 from funcbilevel._followers import followers as followers
+from funcbilevel._kernel_model import kernel_model as kernel_model
 from funcbilevel._kernels import Kernel as Kernel
 from funcbilevel._kernels import gaussian_kernel as gaussian_kernel
 from funcbilevel._kernels import linear_kernel as linear_kernel
@@ -142,6 +143,7 @@ __all__ = [
     "identity",
     "itd",
     "kernel_adjoint",
+    "kernel_model",
     "learned_adjoint",
     "linear_adjoint",
     "linear_kernel",

@@ -87,6 +87,25 @@ def test_no_second_derivative_is_taken():
         assert float(state.outer_params) != 1.0
 
 
+def test_evolution_strategy_descends_where_all_derivatives_are_zero():
+    """A count of misses in the outer objective: piecewise constant, so that no other estimator would move."""
+    steps = jnp.linspace(0.0, 4.0, 41)
+    problem = fb.ParametricProblem(
+        lambda w, u, x: jnp.mean((u - w * x) ** 2), lambda w, u, x: jnp.mean((jnp.abs(u - 2.0) > steps).astype(u.dtype))
+    )
+    solver = fb.bilevel(
+        *(problem, None, fb.evolution_strategy(5, 20, 0.3)),
+        inner_optimizer=optax.sgd(0.4),
+        outer_optimizer=optax.sgd(0.3),
+        inner_steps=5,
+    )
+    x = jnp.ones(3)
+    state = solver.init(jax.random.key(0), 0.0, x, 0.0)
+    state, metrics = jax.jit(solver.run)(state, *[jnp.ones((60, 3))] * 2)
+    assert abs(float(state.outer_params) - 2.0) < 0.3
+    assert metrics["outer_objective"][0] > 5 * metrics["outer_objective"][-1]
+
+
 def test_directions_need_a_key():
     problem = fb.ParametricProblem(lambda w, u, x: jnp.mean((u - w * x) ** 2), lambda w, u, x: jnp.mean(u**2) + w)
     x = jnp.ones(3)

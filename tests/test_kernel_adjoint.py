@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from problems import build, finite_differences
 
@@ -186,23 +187,27 @@ def test_the_derivative_of_a_kernel_bilevel_problem(x64):
     kernel = fb.gaussian_kernel(1.5)
     K, K_Q = kernel.matrix(x, x), kernel.matrix(z, x)
 
-    def alpha(omega: jax.Array) -> jax.Array:  # of argmin_h mean w (h - y)^2 / 2 + ridge/2 |h|^2
-        return jnp.linalg.solve(jnp.diag(jnp.exp(omega) / 7) @ K + RIDGE * jnp.eye(7), jnp.exp(omega) / 7 * y)
-
     def value(explicit: jax.Array, implicit: jax.Array) -> jax.Array:
-        return jnp.mean((K_Q @ alpha(implicit) - t) ** 2)
+        w = jnp.exp(implicit) / 7  # alpha of argmin_h sum w (h - y)^2 / 2 + ridge/2 |h|^2
+        alpha = jnp.linalg.solve(w[:, None] * K + RIDGE * jnp.eye(7), w * y)
+        return jnp.mean((K_Q @ alpha - t) ** 2)
 
-    model = fb.from_function(lambda key, inputs: jnp.zeros(7), lambda theta, inputs: kernel.matrix(inputs, x) @ theta)
+    model = fb.kernel_model(kernel, x, num_outputs=1, ridge=RIDGE)
     problem = fb.FunctionalProblem(
-        lambda omega, v, b: 0.5 * jnp.mean(jnp.exp(omega) * (v - b[1]) ** 2),
-        lambda omega, v, b: jnp.mean((v - b[1]) ** 2),
+        lambda omega, v, b: 0.5 * jnp.mean(jnp.exp(omega) * (v[:, 0] - b[1]) ** 2),
+        lambda omega, v, b: jnp.mean((v[:, 0] - b[1]) ** 2),
     )
     omega = jnp.asarray(0.3 * rng.normal(size=7))
     estimator = fb.funcid(fb.kernel_adjoint(kernel, RIDGE))
-    h = jax.jit(lambda omega: fb.hypergradient(problem, model, estimator, omega, alpha(omega), (x, y), (z, t)))(omega)
+    h = jax.jit(lambda omega: fb.hypergradient(problem, model, estimator, omega, jnp.zeros(1), (x, y), (z, t)))(omega)
     expected = jax.grad(lambda omega: value(omega, omega))(omega)
-    assert_close(h.gradient, expected, 1e-9)
+    np.testing.assert_allclose(h.outer_value, value(omega, omega), rtol=1e-9)
+    assert_close(h.gradient, expected, 1e-8)
     assert_close(finite_differences(value, omega).gradient, expected, 1e-7)
+    solver = fb.bilevel(problem, model, estimator, inner_optimizer=optax.sgd(0.1), outer_optimizer=optax.sgd(1.0))
+    state = solver.init(jax.random.key(0), omega, (x, y))
+    state, _ = jax.jit(solver.step)(state, (x, y), (z, t))
+    assert_close(state.outer_params, omega - expected, 1e-8)
 
 
 def test_bad_input():

@@ -40,6 +40,7 @@ LAYERS = [
     {"_linear_solvers", "_features", "_kernels"},
     {"_ridge"},
     {"_variable_projection", "_precision"},
+    {"_kernel_model"},
 ]
 LOOP = {"_bilevel", "_followers", "_cost", "_train", "_data", "_history", "_state"}
 SHARED = {m for m in SHORT if m.startswith("_estimators._")}  # what several estimators are made of

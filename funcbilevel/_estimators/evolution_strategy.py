@@ -78,4 +78,4 @@ def evolution_strategy(num_steps: int, num_directions: int, radius: float) -> Es
         g_imp = jax.tree.map(jnp.subtract, total, g_exp)
         return inner, Hypergradient(total, g_exp, g_imp, value, state, metrics)
 
-    return Estimator(no_state, by_call(estimate), unroll=num_steps)
+    return Estimator(no_state, by_call(estimate), unroll=num_steps, by_values=True)
