@@ -101,7 +101,7 @@ def hypergradient(
         check_optimizer(name, "inner_optimizer", inner_optimizer)
     elif estimator.unroll:
         raise ValueError(
-            f"{name}: inner_optimizer is None, but {estimator!r} differentiates through its steps; pass the optax "
+            f"{name}: inner_optimizer is None, but fb.{estimator!r} differentiates through its steps; pass the optax "
             "optimizer of the inner level, for example inner_optimizer=optax.sgd(0.1)."
         )
     outer_params = as_float_tree(name, "outer_params", outer_params)
@@ -289,8 +289,8 @@ def bilevel(
     check_number(name, "inner_steps", inner_steps)
     if estimator.unroll > inner_steps:
         raise ValueError(
-            f"{name}: inner_steps={inner_steps}, but {estimator!r} differentiates through {estimator.unroll} of them; "
-            "it can only go back through steps that are made. Raise inner_steps, or lower that number."
+            f"{name}: inner_steps={inner_steps}, but fb.{estimator!r} differentiates through {estimator.unroll} of "
+            "them; it can only go back through steps that are made. Raise inner_steps, or lower that number."
         )
     if inner_init is not None:
         check_callable(name, "inner_init", inner_init)

@@ -35,6 +35,8 @@ LAYERS = [
     {"_model"},
     {"_partition", "_draws"},
     {"_problem", "_fit"},
+    {"_projection"},
+    {"_predictor"},
     {"_estimator"},
     {"_check"},
     {"_linear_solvers", "_features", "_kernels"},
