@@ -36,8 +36,8 @@ from funcbilevel._estimator import Estimator, Hypergradient, InnerSolution, Inne
 from funcbilevel._fit import FitState, fit
 from funcbilevel._model import Model
 from funcbilevel._predictor import training_value_and_grad
-from funcbilevel._problem import FunctionalProblem, Problem, mean_over_devices
-from funcbilevel._tree import all_finite, stays_finite, tree_add_scaled, tree_norm, tree_where
+from funcbilevel._problem import FunctionalProblem, Problem, mean_over_devices, reduce_over_devices
+from funcbilevel._tree import all_finite, own_buffer, stays_finite, tree_add_scaled, tree_norm, tree_where
 from funcbilevel._typing import Batch, InnerParams, Key, Metrics, ModelState, OuterParams, PyTree
 
 
@@ -131,7 +131,7 @@ def hypergradient(
         "inner_finite": all_finite(inner.fit.params, inner.fit.model_state) & ~inner.diverged,
         "outer_finite": _outer_finite(result, outer_params, result.gradient),
     }
-    metrics = _reduce(problem, metrics)
+    metrics = reduce_over_devices(problem, metrics)
     warn_of_assumptions(name, metrics)
     return result._replace(metrics=metrics)
 
@@ -370,7 +370,7 @@ def bilevel(
             outer_model_state=outer_model_state,
             batch_form=batch_form(batch),
         )
-        return jax.tree.map(_own, state)
+        return jax.tree.map(own_buffer, state)
 
     def step(state: BilevelState, inner_batch: Batch, outer_batch: Batch) -> tuple[BilevelState, Metrics]:
         omega = state.outer_params
@@ -440,7 +440,10 @@ def bilevel(
             "outer_finite": _outer_finite(hyper, omega, gradient, new_omega, outer_model_state)
             & stays_finite(state.outer_opt_state, outer_opt_state),
         }
-        inner_finite, metrics = _reduce(problem, {"": inner_finite})[""], _reduce(problem, metrics)
+        inner_finite, metrics = (
+            reduce_over_devices(problem, {"": inner_finite})[""],
+            reduce_over_devices(problem, metrics),
+        )
         all_levels = inner_finite & metrics["adjoint_finite"] & metrics["outer_finite"]
         after = tree_where(inner_finite, inner.fit, before)
         new_omega, outer_opt_state, outer_model_state, estimator_state = tree_where(
@@ -544,19 +547,3 @@ def _averaged(problem: Problem, outer_params: OuterParams, hyper: Hypergradient)
 def _outer_finite(hyper: Hypergradient, *others: PyTree) -> jax.Array:
     """That the outer level's numbers are finite: what the estimator says of d, the value, and `others`."""
     return all_finite(hyper.outer_value, *others) & hyper.metrics.get("outer_finite", True)
-
-
-def _reduce(problem: Problem, metrics: Metrics) -> Metrics:
-    """Metrics over all devices of the problem's mapped axis: means, and whether a flag is true on every one."""
-
-    def reduce(x: jax.Array) -> jax.Array:
-        if x.dtype != jnp.bool_:
-            return mean_over_devices(problem, x)
-        return mean_over_devices(problem, x.astype(jnp.float32)) == 1.0
-
-    return metrics if problem.axis_name is None else jax.tree.map(reduce, metrics)
-
-
-def _own(x: Any) -> Any:
-    """x in a buffer of its own, lest a donating step meets it twice; without weak type, lest it compiles twice."""
-    return jnp.copy(jax.lax.convert_element_type(x, x.dtype) if getattr(x, "weak_type", False) else x)

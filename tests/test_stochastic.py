@@ -543,20 +543,46 @@ def test_bilevel_draws_from_finite_sums(x64):
 
 
 @pytest.mark.parametrize("level", ["inner", "outer"])
-def test_numbers_that_are_not_finite_stop_at_their_level(level):
-    """In one step of SOBA: NaN in a level's samples is flagged there, and omega stays."""
-    solver = build("soba")
+@pytest.mark.parametrize("method", ["soba", "saba"])
+def test_numbers_that_are_not_finite_stop_at_their_level(method, level):
+    """In one step: NaN in a level's samples is flagged there, and omega and the memory stay."""
+    solver = build(method)
     inner, outer = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), terms())
     theta = jax.tree.map(jnp.float32, THETA)
     bad = {"inner": (inner | {"a": inner["a"] * jnp.nan}, outer), "outer": (inner, outer | {"p": outer["p"] * jnp.nan})}
-    state = solver.init(jax.random.key(0), jnp.float32(OMEGA), inner, theta)
+    if method == "saba":
+        inner, outer = fb.finite_sum(inner, 2), fb.finite_sum(outer, 2)
+        bad = {k: tuple(fb.finite_sum(x, 2) for x in pair) for k, pair in bad.items()}
+    state = solver.init(jax.random.key(0), jnp.float32(OMEGA), inner, theta, outer)
     after, metrics = jax.jit(solver.step)(state, *bad[level])
     assert not bool(metrics[f"{level}_finite"])
     assert bool(metrics["adjoint_finite"])
     assert level == "inner" or bool(metrics["inner_finite"])
     np.testing.assert_array_equal(after.outer_params, state.outer_params)
     assert np.all(np.isfinite(flat(after.inner_params)))
-    assert np.all(np.isfinite(flat(after.estimator_state.u)))
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(after.estimator_state))
+
+
+@pytest.mark.parametrize("method", ["soba", "mrbo", "f2sa"])
+def test_devices_with_parts_of_the_batches_take_the_step_of_the_whole(x64, method):
+    whole = tuple(jax.tree.map(lambda x: jnp.asarray(x[:6]), t) for t in terms())
+    parts = jax.tree.map(lambda x: x.reshape(2, 3, *x.shape[1:]), whole)
+    mapped = build(method, dataclasses.replace(PROBLEM, axis_name="devices"))
+
+    @jax.jit
+    def both() -> Any:
+        alone = build(method)
+        start = alone.init(jax.random.key(0), OMEGA, whole[0], THETA)
+        step = jax.vmap(mapped.step, in_axes=(None, 0, 0), axis_name="devices")
+        return alone.step(start, *whole), step(start, *parts)
+
+    (state, metrics), (states, each) = both()
+    for device in range(2):
+        got = (states.outer_params[device], jax.tree.map(lambda x, d=device: x[d], states.inner_params))
+        np.testing.assert_allclose(flat(got[1]), flat(state.inner_params), rtol=1e-12)
+        np.testing.assert_allclose(got[0], state.outer_params, rtol=1e-12)
+        for metric in metrics:
+            np.testing.assert_allclose(each[metric][device], metrics[metric], rtol=1e-10)
 
 
 def test_optimizers_schedules_seeds_and_train():

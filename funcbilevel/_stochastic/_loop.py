@@ -21,9 +21,9 @@ from funcbilevel._check import check_inner, check_objectives
 from funcbilevel._data import batch_form
 from funcbilevel._draws import FiniteSum, Minibatches, Source, draw, placed, run_steps
 from funcbilevel._estimator import Estimator, no_state
-from funcbilevel._problem import FunctionalProblem, ParametricProblem, mean_over_devices
+from funcbilevel._problem import FunctionalProblem, ParametricProblem, reduce_over_devices
 from funcbilevel._stochastic._oracles import Report
-from funcbilevel._tree import all_finite, stays_finite, tree_norm, tree_where
+from funcbilevel._tree import all_finite, own_buffer, stays_finite, tree_norm, tree_where
 from funcbilevel._typing import Batch, InnerParams, Key, Metrics, OuterParams, PyTree
 
 Schedule: TypeAlias = "float | Callable[[jax.Array], Any]"
@@ -151,6 +151,7 @@ def solver(
     inner_draws: int,
     outer_draws: int,
     finite_sums: bool = False,
+    guarded: str | None = None,
 ) -> BilevelSolver:
     """The solver of which `update` makes one outer step.
 
@@ -161,6 +162,9 @@ def solver(
         update: `(state, draws, key) -> (state, Report)`; it leaves step and key alone.
         inner_draws, outer_draws: how many each outer step makes.
         finite_sums: whether both sources must be `FiniteSum`s, and `init` gets both.
+        guarded: the field of what the method carries that is held back where numbers are not finite; None: all of it.
+            The
+            rest has to stay finite by itself: a large memory must not be copied in every step.
     """
     if isinstance(problem, FunctionalProblem):
         raise TypeError(
@@ -222,7 +226,7 @@ def solver(
             outer_model_state=(),
             batch_form=batch_form(batch),
         )
-        return jax.tree.map(_own_buffer, state)
+        return jax.tree.map(own_buffer, state)
 
     def step(state: BilevelState, inner_batch: Source, outer_batch: Source) -> tuple[BilevelState, Metrics]:
         check_source("step", "inner_batch", inner_batch)
@@ -240,7 +244,10 @@ def solver(
         inner = all_finite(after.inner_params, report.inner_value) & stays_finite(
             state.inner_opt_state, after.inner_opt_state
         )
-        own = stays_finite(state.estimator_state, after.estimator_state) & all_finite(implicit)
+        mine, mine_before = (
+            s.estimator_state if guarded is None else getattr(s.estimator_state, guarded) for s in (after, state)
+        )
+        own = stays_finite(mine_before, mine) & all_finite(implicit)
         above = all_finite(report.outer_value, explicit) & report.metrics.get("outer_finite", True)
         outer = above & all_finite(after.outer_params) & stays_finite(state.outer_opt_state, after.outer_opt_state)
         flags = {
@@ -248,15 +255,18 @@ def solver(
             "adjoint_finite": own | ~(inner & above),
             "outer_finite": outer,
         }
-        flags, inner, sound = _everywhere(problem, (flags, inner, inner & own & outer))
+        flags = reduce_over_devices(problem, flags)
+        sound = reduce_over_devices(problem, {"all": inner & own & outer})["all"]
+        inner = reduce_over_devices(problem, {"inner": inner})["inner"]
+        mine = tree_where(sound, mine, mine_before)
         after = after._replace(
             inner_params=tree_where(inner, after.inner_params, theta),
             inner_opt_state=tree_where(inner, after.inner_opt_state, state.inner_opt_state),
             outer_params=tree_where(sound, after.outer_params, omega),
             outer_opt_state=tree_where(sound, after.outer_opt_state, state.outer_opt_state),
-            estimator_state=tree_where(sound, after.estimator_state, state.estimator_state),
+            estimator_state=mine if guarded is None else after.estimator_state._replace(**{guarded: mine}),
         )
-        metrics = report.metrics | {
+        metrics = reduce_over_devices(problem, report.metrics) | {
             "inner_objective": report.inner_value,
             "outer_objective": report.outer_value,
             "hypergradient_norm": tree_norm(report.direction),
@@ -280,15 +290,3 @@ def _not_called(*_: Any) -> Any:
 
 def _like(tree: PyTree, like: PyTree) -> PyTree:
     return jax.tree.map(lambda x, y: x.astype(y.dtype), tree, like)
-
-
-def _everywhere(problem: ParametricProblem, flags: Any) -> Any:
-    """Whether flags are true on every device of the problem's mapped axis."""
-    if problem.axis_name is None:
-        return flags
-    return jax.tree.map(lambda x: mean_over_devices(problem, x.astype(jnp.float32)) == 1.0, flags)
-
-
-def _own_buffer(x: Any) -> Any:
-    """x in a buffer of its own, lest a donating step meets it twice; without weak type, lest it compiles twice."""
-    return jnp.copy(jax.lax.convert_element_type(x, x.dtype) if getattr(x, "weak_type", False) else x)

@@ -21,6 +21,7 @@ from funcbilevel._stochastic._loop import (
     solver,
 )
 from funcbilevel._stochastic._oracles import Outer, Report, joined, outer_gradients, products, report
+from funcbilevel._tree import all_finite, tree_where
 from funcbilevel._typing import InnerParams, Key, OuterParams, PyTree
 
 
@@ -52,15 +53,14 @@ def remembered(source: FiniteSum, f: Any) -> Memory:
 
 
 def corrected(memory: Memory, index: jax.Array, new: PyTree) -> tuple[PyTree, Memory]:
-    """new - old + mean, SAGA's estimate of the mean over all blocks, and the memory with `new` at `index`."""
+    """SAGA's estimate of the mean, new - old + mean; and the memory with `new`, if it is finite, at `index`."""
     table, mean = memory
-    change = jax.tree.map(lambda x, t: x - t[index], new, table)
+    old = jax.tree.map(lambda t: t[index], table)
     n = jax.tree.leaves(table)[0].shape[0]
-    table = jax.tree.map(lambda t, x: t.at[index].set(x), table, new)
-    return (
-        jax.tree.map(jnp.add, change, mean),
-        Memory(table, jax.tree.map(lambda m, c: m + c / n, mean, change)),
-    )
+    kept = tree_where(all_finite(new), new, old)
+    table = jax.tree.map(lambda t, x: t.at[index].set(x), table, kept)
+    new_mean = jax.tree.map(lambda m, x, o: m + (x - o) / n, mean, kept, old)
+    return jax.tree.map(lambda x, o, m: x - o + m, new, old, mean), Memory(table, new_mean)
 
 
 @described
@@ -129,7 +129,9 @@ def saba(
         linear = linear_step(levels, D.u, linear, state.step)
         return after._replace(estimator_state=SabaState(linear, inner, outer)), report(D, D.omega)
 
-    return solver("saba", problem, levels, own, update, inner_draws=1, outer_draws=1, finite_sums=True)
+    return solver(
+        "saba", problem, levels, own, update, inner_draws=1, outer_draws=1, finite_sums=True, guarded="linear"
+    )
 
 
 def _outer(F: Outer) -> tuple[InnerParams, OuterParams]:
