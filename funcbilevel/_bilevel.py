@@ -179,12 +179,6 @@ class InnerInit(Protocol):
     def __call__(self, outer_params: OuterParams, key: Key, inner_batch: Batch, /) -> InnerParams: ...
 
 
-class _Run(Protocol):
-    def __call__(
-        self, state: BilevelState, inner_batches: Batch, outer_batches: Batch, num_steps: int | None = None
-    ) -> tuple[BilevelState, Metrics]: ...
-
-
 class BilevelSolver(NamedTuple):
     """A bilevel solver as pure functions, in the manner of `optax.GradientTransformation`.
 
@@ -209,7 +203,7 @@ class BilevelSolver(NamedTuple):
 
     init: _Init
     step: Callable[[BilevelState, Batch, Batch], tuple[BilevelState, Metrics]]
-    run: _Run
+    run: Callable[..., tuple[BilevelState, Metrics]]
 
     def __repr__(self) -> str:
         return describe(self)

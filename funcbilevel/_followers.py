@@ -166,10 +166,14 @@ def followers(
 def _keeps_gradient() -> optax.GradientTransformation:
     """An optimizer that moves nothing, and whose state is the gradient that it was given."""
 
-    def zeros(tree: PyTree) -> PyTree:
-        return jax.tree.map(jnp.zeros_like, tree)
+    def init(params: PyTree) -> PyTree:
+        return jax.tree.map(jnp.zeros_like, params)
 
-    return optax.GradientTransformation(zeros, lambda gradient, state, params=None: (zeros(gradient), gradient))
+    def update(updates: PyTree, state: PyTree, params: PyTree = None) -> tuple[PyTree, PyTree]:
+        del state, params
+        return jax.tree.map(jnp.zeros_like, updates), updates
+
+    return optax.GradientTransformation(init, update)
 
 
 def _resting(shape: jax.ShapeDtypeStruct) -> jax.Array:

@@ -126,7 +126,8 @@ def as_kernel(function: str, kernel: Any) -> Kernel:
             f"{function}: kernel must be an fb.Kernel or a function (x, z) -> [n, m], got {kernel!r}; make one with "
             "fb.gaussian_kernel(scale), fb.matern_kernel(scale) or fb.linear_kernel()."
         )
-    return Kernel(kernel)
+    function_of_inputs: Any = kernel
+    return Kernel(function_of_inputs)
 
 
 def rows(inputs: Inputs) -> jax.Array:
@@ -179,8 +180,8 @@ def fourier_features(kernel: Kernel, key: Key, num_features: int, like: Inputs) 
 
 def _squared_distances(x: Inputs, z: Inputs) -> jax.Array:
     """[n, m]; relative to the mean of z, far from which there would be little left of the numbers' digits."""
-    X, Z = rows(x), rows(z)
-    centre = jnp.mean(Z, axis=0, keepdims=True)
-    X, Z = X - centre, Z - centre
-    squares = jnp.sum(X**2, axis=1)[:, None] + jnp.sum(Z**2, axis=1)[None, :]
-    return jnp.maximum(squares - 2.0 * X @ Z.T, 0.0)
+    a, b = rows(x), rows(z)
+    centre = jnp.mean(b, axis=0, keepdims=True)
+    a, b = a - centre, b - centre
+    squares = jnp.sum(a**2, axis=1)[:, None] + jnp.sum(b**2, axis=1)[None, :]
+    return jnp.maximum(squares - 2.0 * a @ b.T, 0.0)

@@ -45,10 +45,7 @@ def ridge_solution(
     v = tree_cast(v, working_dtype(v))
     # Coordinates Z with W = U D Z, where Phi' Phi = U diag(lam) U' and D is diagonal: the system matrix
     # D (U' Phi' C Phi U + ridge) D is the identity if C is a multiple of it. Only coordinates, so held fixed.
-    if spectrum is None:
-        lam, U = jnp.linalg.eigh(jax.lax.stop_gradient(mean(moments(phi, phi))))
-    else:
-        lam, U = spectrum.astype(dtype), jnp.eye(spectrum.shape[0], dtype=dtype)
+    lam, U = _eigen(phi, mean) if spectrum is None else (spectrum.astype(dtype), jnp.eye(len(spectrum), dtype=dtype))
     scale = jax.lax.stop_gradient(mean(_mean_curvature(curvature, v)))
     D = jax.tree.map(lambda c: _inverse_sqrt(jnp.multiply.outer(lam, c) + ridge), scale)
     phi = phi @ U
@@ -65,6 +62,12 @@ def ridge_solution(
     W = jax.tree.map(lambda D, Z: jnp.tensordot(U, D * Z, 1), D, Z)
     metrics = linear_metrics(matvec(Z), right, Z, computed_in)
     return nan_unless(~jnp.isnan(metrics["linear_residual"]), tree_scaled(W, size)), metrics
+
+
+def _eigen(phi: jax.Array, mean: LinearMap) -> tuple[jax.Array, jax.Array]:
+    """Eigenvalues and eigenvectors of Phi' Phi, held fixed."""
+    lam, U = jnp.linalg.eigh(jax.lax.stop_gradient(mean(moments(phi, phi))))
+    return lam, U
 
 
 def _mean_curvature(C: LinearMap, like: PyTree) -> PyTree:

@@ -76,7 +76,8 @@ def optimizers(function: str, inner: StepSize, outer: StepSize, linear: StepSize
 def optimizer_of(function: str, name: str, size: StepSize) -> optax.GradientTransformationExtraArgs:
     if isinstance(size, tuple):
         check_optimizer(function, name, size)
-        return optax.with_extra_args_support(optax.GradientTransformation(*size))
+        transformation: Any = size
+        return optax.with_extra_args_support(transformation)
     at = schedule(function, name, size, positive=True)
 
     def update(updates: PyTree, state: Any, params: PyTree = None, **extra: Any) -> Any:

@@ -18,6 +18,7 @@ The order of the blocks is that of `fb.finite_sum`, which is not the benchmark's
 benchopt`).
 """
 
+import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -85,8 +86,8 @@ def benchmark_solver(
         >>> Solver = benchmark_solver("fb-SOBA", build, {"step_size": [0.1]})  # doctest: +SKIP
     """
     try:
-        from benchopt import BaseSolver  # noqa: PLC0415
-        from benchopt.stopping_criterion import SufficientProgressCriterion  # noqa: PLC0415
+        base: Any = importlib.import_module("benchopt").BaseSolver
+        criterion: Any = importlib.import_module("benchopt.stopping_criterion").SufficientProgressCriterion
     except ImportError as error:
         raise ImportError("benchmark_solver: benchopt is not installed; pip install benchopt.") from error
     inspect.signature(build).bind(None, **dict.fromkeys(parameters))
@@ -125,10 +126,10 @@ def benchmark_solver(
         "name": name,
         "parameters": {"batch_size": [64], "eval_freq": [128], "random_state": [1], **parameters},
         "requirements": ["pip:funcbilevel"],
-        "stopping_criterion": SufficientProgressCriterion(patience=100, strategy="callback"),
+        "stopping_criterion": criterion(patience=100, strategy="callback"),
         "get_next": staticmethod(lambda stop_val: stop_val + 1),
         "set_objective": set_objective,
         "run": run,
         "get_result": get_result,
     }
-    return type("Solver", (BaseSolver,), members)
+    return type("Solver", (base,), members)
