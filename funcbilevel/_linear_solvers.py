@@ -362,11 +362,11 @@ def conjugate_gradients(
 
     It also stops at a direction of negative curvature, or of one that is rounding error beside the largest so far (to
     the power of `power`, for an A that is one of a matrix): there A is not positive definite, and what the last
-    iterates minimise has no minimum. Then, and where the last residual is larger than |b|, the answer is the iterate of
-    minimal residual smoothing instead (Zhou and Walker, SIAM J. Sci. Comput. 1994), that of MINRES for these steps: its
-    residual falls in every step, and never exceeds that of zero or of the start. So it is where A is singular and b not
-    in its
-    range, as for the Hessian of a batch with fewer samples than parameters: the iterates themselves grow without limit.
+    iterates minimise has no minimum. Then, and where the last residual is larger than |b|, the answer is the average of
+    the iterates by minimal residual smoothing (Zhou and Walker, SIAM J. Sci. Comput. 1994), which MINRES would give:
+    its residual falls in every step, and never exceeds that of zero or of the start. So it is where A is singular and b
+    not in its range, as for the Hessian of a batch with fewer samples than parameters: the iterates themselves grow
+    without limit.
 
     A product per step, and one more for the residual of a start that is not zero. (`jax.scipy.sparse.linalg.cg` makes
     that one always, which is a tenth of the time with ten steps.) The derivative is that of the exact solution.
@@ -401,11 +401,12 @@ def conjugate_gradients(
             after = tree_vdot(r, r)
             beta = jnp.where(to_start, 0.0, after / rr)
             u, p = tree_add_scaled(u, alpha, p), tree_add_scaled(r, beta, p)
-            change = tree_add_scaled(r, -1.0, s)
+            away, change = tree_add_scaled(u, -1.0, smooth), tree_add_scaled(r, -1.0, s)
             squared = tree_vdot(change, change)
-            usable = jnp.isfinite(squared) & (squared > 0)  # where it is not, the average keeps what it has
+            # The average goes no way along which A is rounding error: the residual would gain by accident.
+            usable = jnp.isfinite(squared) & (squared > negligible * largest**2 * tree_vdot(away, away))
             eta = jnp.where(usable, -tree_vdot(s, change) / jnp.where(usable, squared, 1.0), 0.0)
-            averaged = tree_add_scaled(smooth, eta, tree_add_scaled(u, -1.0, smooth)), tree_add_scaled(s, eta, change)
+            averaged = tree_add_scaled(smooth, eta, away), tree_add_scaled(s, eta, change)
             smooth, s = tree_where(usable, averaged, (smooth, s))
             return CGState(steps + 1, u, r, p, after, smooth, s, largest, positive & jnp.isfinite(after))
 

@@ -542,6 +542,35 @@ def test_bilevel_draws_from_finite_sums(x64):
     assert drawn[3] == j
 
 
+@pytest.mark.parametrize("num_steps", [5, 10, 30])
+def test_aid_stays_bounded_on_batches_of_fewer_samples_than_parameters(num_steps):
+    """Rank-one Hessians, twelve of them for twenty parameters: no batch has a solution of the linear system."""
+    rng = np.random.default_rng(0)
+    n, d = 96, 20
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    data = {"x": draw(n, d) * jnp.logspace(-0.5, 0.0, d)[None], "a": draw(n, d), "y": draw(n, d)}
+    cross = 0.3 * draw(d, d)
+
+    def inner(w: jax.Array, t: jax.Array, b: Any) -> jax.Array:
+        return jnp.mean(0.5 * (b["x"] @ t) ** 2 + b["a"] @ t) + w @ cross @ t
+
+    def outer(w: jax.Array, t: jax.Array, b: Any) -> jax.Array:
+        return jnp.mean(0.5 * (b["x"] @ t) ** 2 + b["y"] @ t) + 0.5 * w @ w
+
+    solver = fb.bilevel(
+        *(fb.ParametricProblem(inner, outer), None, fb.aid(fb.cg(num_steps))),
+        inner_optimizer=optax.sgd(0.1),
+        outer_optimizer=optax.sgd(0.05),
+        inner_steps=5,
+    )
+    source = fb.finite_sum(data, 12)
+    state = solver.init(jax.random.key(0), jnp.ones(d), source, jnp.zeros(d))
+    state, metrics = jax.jit(solver.run, static_argnums=3)(state, source, source, 200)
+    assert float(jnp.max(jnp.abs(state.outer_params))) < 10.0
+    assert float(jnp.max(metrics["linear_residual"])) <= 1.0 + 1e-5
+    assert not np.any(metrics["linear_converged"])  # and it says so
+
+
 @pytest.mark.parametrize("level", ["inner", "outer"])
 @pytest.mark.parametrize("method", ["soba", "saba"])
 def test_numbers_that_are_not_finite_stop_at_their_level(method, level):
