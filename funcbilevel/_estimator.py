@@ -138,6 +138,7 @@ class Estimator(NamedTuple):
             through. With 0 the inner fit is over before `estimate` is called, and `solve` only returns it.
         functional: whether it needs a `FunctionalProblem`.
         implicit: whether it estimates the implicit part, so that inner_objective has to depend on outer_params.
+        by_values: whether it goes by values of the objectives, whose derivatives by outer_params may be zero.
         description: the call that made it, for `repr`.
         reaches: whether outer_params may reach the inner solution otherwise than through inner_objective.
         layer: `(problem, model, outer_params, inner_params, model_state, inner_batch)` -> inner_params, or a
@@ -149,6 +150,7 @@ class Estimator(NamedTuple):
     unroll: int = 0
     functional: bool = False
     implicit: bool = True
+    by_values: bool = False
     description: str = ""
     reaches: bool = False
     layer: Layer | None = None
