@@ -1,5 +1,6 @@
 """Functional bilevel optimization in JAX."""
 
+from funcbilevel._argmin import argmin as argmin
 from funcbilevel._bilevel import BilevelSolver as BilevelSolver
 from funcbilevel._bilevel import BilevelState as BilevelState
 from funcbilevel._bilevel import bilevel as bilevel
@@ -29,10 +30,14 @@ from funcbilevel._estimators.kernel_adjoint import kernel_adjoint as kernel_adjo
 from funcbilevel._estimators.learned_adjoint import learned_adjoint as learned_adjoint
 from funcbilevel._estimators.linear_adjoint import linear_adjoint as linear_adjoint
 from funcbilevel._estimators.pointwise_adjoint import pointwise_adjoint as pointwise_adjoint
+from funcbilevel._estimators.prox_aid import prox_aid as prox_aid
 from funcbilevel._estimators.pzobo import pzobo as pzobo
 from funcbilevel._estimators.value_penalty import value_penalty as value_penalty
 from funcbilevel._fit import FitState as FitState
 from funcbilevel._followers import followers as followers
+from funcbilevel._implicit import custom_fixed_point as custom_fixed_point
+from funcbilevel._implicit import custom_root as custom_root
+from funcbilevel._implicit import kkt_conditions as kkt_conditions
 from funcbilevel._kernel_model import kernel_model as kernel_model
 from funcbilevel._kernels import Kernel as Kernel
 from funcbilevel._kernels import gaussian_kernel as gaussian_kernel
@@ -63,6 +68,10 @@ from funcbilevel._predictor import parametrize as parametrize
 from funcbilevel._predictor import predictor as predictor
 from funcbilevel._problem import FunctionalProblem as FunctionalProblem
 from funcbilevel._problem import ParametricProblem as ParametricProblem
+from funcbilevel._prox import projection_affine as projection_affine
+from funcbilevel._prox import prox_group_lasso as prox_group_lasso
+from funcbilevel._prox import prox_l1 as prox_l1
+from funcbilevel._prox import proximal as proximal
 from funcbilevel._state import state_from_arrays as state_from_arrays
 from funcbilevel._state import state_to_arrays as state_to_arrays
 from funcbilevel._stochastic.amigo import amigo as amigo
@@ -117,12 +126,15 @@ __all__ = [
     "aid",
     "alternating",
     "amigo",
+    "argmin",
     "bilevel",
     "bome",
     "bsa",
     "cg",
     "compare_costs",
     "cost",
+    "custom_fixed_point",
+    "custom_root",
     "darts",
     "evolution_strategy",
     "f2sa",
@@ -144,6 +156,7 @@ __all__ = [
     "itd",
     "kernel_adjoint",
     "kernel_model",
+    "kkt_conditions",
     "learned_adjoint",
     "linear_adjoint",
     "linear_kernel",
@@ -161,6 +174,11 @@ __all__ = [
     "pbgd",
     "pointwise_adjoint",
     "predictor",
+    "projection_affine",
+    "prox_aid",
+    "prox_group_lasso",
+    "prox_l1",
+    "proximal",
     "pzobo",
     "saba",
     "soba",

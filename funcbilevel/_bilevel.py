@@ -14,6 +14,7 @@ from funcbilevel._arguments import (
     check_key,
     check_number,
     check_optimizer,
+    signature_of,
 )
 from funcbilevel._check import (
     check_estimator_state,
@@ -115,7 +116,10 @@ def hypergradient(
     batch = draw(name, inner_batch, _draw_key(inner_key), estimator.unroll)
     lower = (inner_params, model_state)
     check_parameters(name, problem, model, *lower, batch)
-    check_objectives(name, problem, model, estimator, outer_params, *lower, batch, outer_batch, set())
+    check_objectives(
+        *(name, problem, model, estimator, outer_params, *lower, batch, outer_batch, set()),
+        reached=_takes_outer_params(inner_optimizer),
+    )
     check_uses_parameters(name, problem, model, *lower, batch)
 
     opt_state = () if inner_optimizer is None else inner_optimizer.init(inner_params)
@@ -234,7 +238,8 @@ def bilevel(
         inner_optimizer, outer_optimizer: any optax optimizers (schedules, clipping, weight decay, `MultiSteps`, line
             searches such as `optax.lbfgs()`). The outer one is given `value`, `grad` and `value_fn` too, for those that
             use them: `value_fn` is omega -> L_out after M inner steps at that omega, from this outer step's start, and
-            its derivative the estimator's hypergradient. Each evaluation costs a whole outer step.
+            its derivative the estimator's hypergradient. Each evaluation costs a whole outer step. The inner one
+            is given `outer_params`, for `proximal`.
         inner_steps: M >= 1. All M see `inner_batch`, and so does the hypergradient, unless `inner_batch` is
             `Minibatches` (a batch for each), a `Sampler` or a `FiniteSum` (a fresh draw for each); the outer batch may
             be one of the last two as well, of which each outer step draws once. ITD differentiates through each step at
@@ -392,7 +397,8 @@ def bilevel(
         def evaluate(omega: OuterParams) -> tuple[InnerSolution, Hypergradient, OuterParams, ModelState]:
             """The inner solution at omega, the hypergradient as the objectives see omega, and by omega itself."""
             f, outer_model_state, pull_back = seen(omega, state.outer_model_state, batch, outer_key)
-            lower, reached = (before.params, before.model_state), inner_init is not None
+            lower = (before.params, before.model_state)
+            reached = inner_init is not None or _takes_outer_params(inner_optimizer)
             check_objectives("step", problem, model, estimator, f, *lower, batch, outer_batch, told, reached=reached)
             solve = _inner_solve(
                 problem, model, inner_optimizer, estimator.unroll, start, inner_batch, inner_key, inner_steps, f
@@ -470,6 +476,12 @@ def bilevel(
 _DRAW_STREAM, _INIT_STREAM = 0xD7A, 0x1217  # keep these keys apart from those of the inner steps
 
 
+def _takes_outer_params(optimizer: optax.GradientTransformation | None) -> bool:
+    """Whether omega reaches the inner level through the optimizer's steps, as in `proximal`."""
+    signature = None if optimizer is None else signature_of(optimizer.update)
+    return signature is not None and "outer_params" in signature.parameters
+
+
 def _draw_key(inner_key: Key | None) -> Key | None:
     """The key of a `Sampler`'s draws in one outer step."""
     return None if inner_key is None else jax.random.fold_in(inner_key, _DRAW_STREAM)
@@ -507,7 +519,12 @@ def _inner_solve(
             return (value, (aux, model_state)), grad
 
         before = reached.fit
-        result = fit(value_and_grad, optimizer, num_steps, before, key, first_step=first_step, remat=remat)
+        result = fit(
+            *(value_and_grad, optimizer, num_steps, before, key),
+            first_step=first_step,
+            remat=remat,
+            outer_params=outer_params,
+        )
         size_before, size = (tree_norm(jax.lax.stop_gradient(x.params)) for x in (before, result.state))
         diverged = (jnp.abs(result.value) > 1e6 * jnp.abs(result.first)) & (size > 1e3 * (1.0 + size_before))
         return InnerSolution(

@@ -11,10 +11,12 @@ from funcbilevel._model import Model
 from funcbilevel._problem import FunctionalProblem
 from funcbilevel._typing import (
     Batch,
+    InnerParams,
     Inputs,
     Key,
     LinearMap,
     Metrics,
+    ModelState,
     OuterParams,
     Prediction,
     PyTree,
@@ -94,6 +96,19 @@ class Estimate(Protocol):
     ) -> tuple[InnerSolution, Hypergradient]: ...
 
 
+class Layer(Protocol):
+    def __call__(
+        self,
+        problem: Any,
+        model: Model | None,
+        outer_params: OuterParams,
+        inner_params: InnerParams,
+        model_state: ModelState,
+        inner_batch: Batch,
+        /,
+    ) -> Any: ...
+
+
 class Call(NamedTuple):
     """The arguments of `Estimate`, in their order."""
 
@@ -125,6 +140,9 @@ class Estimator(NamedTuple):
         implicit: whether it estimates the implicit part, so that inner_objective has to depend on outer_params.
         by_values: whether it goes by values of the objectives, whose derivatives by outer_params may be zero.
         description: the call that made it, for `repr`.
+        reaches: whether outer_params may reach the inner solution otherwise than through inner_objective.
+        layer: `(problem, model, outer_params, inner_params, model_state, inner_batch)` -> inner_params, or a
+            `Predictor` where there is a model, with their derivative: what `argmin` gives. None: it has none.
     """
 
     init: EstimatorInit
@@ -134,6 +152,8 @@ class Estimator(NamedTuple):
     implicit: bool = True
     by_values: bool = False
     description: str = ""
+    reaches: bool = False
+    layer: Layer | None = None
 
     def __repr__(self) -> str:
         return describe(self)
@@ -181,11 +201,13 @@ class Adjoint(NamedTuple):
         init: `(key, problem, model, inner, inner_batch) -> state`.
         fit: `(system, model, inner, state, key) -> (a(x_P), state, metrics)`.
         description: the call that made it, for `repr`.
+        linear: whether a(x_P) is linear in d, and differentiable by JAX in all of the system, as an exact solution is.
     """
 
     init: AdjointInit
     fit: AdjointFit
     description: str = ""
+    linear: bool = False
 
     def __repr__(self) -> str:
         return describe(self)

@@ -40,7 +40,8 @@ LAYERS = [
     {"_estimator"},
     {"_check"},
     {"_linear_solvers", "_features", "_kernels"},
-    {"_ridge"},
+    {"_implicit", "_ridge"},
+    {"_argmin", "_prox"},
     {"_variable_projection", "_precision"},
     {"_kernel_model"},
 ]
@@ -224,10 +225,17 @@ def gradient_descent(num_steps, step_size): ...
 def identity(): ...
 
 
+# Implicit layers.
+def custom_root(optimality, *, linear_solver=..., has_aux=False): ...
+def custom_fixed_point(fixed_point, *, linear_solver=..., has_aux=False): ...
+def argmin(problem, model, estimator): ...
+
+
 CONTRACT = [
     *(FunctionalProblem, ParametricProblem, parametrize, from_function, from_linen, from_nnx),
     *(funcid, learned_adjoint, linear_adjoint, pointwise_adjoint, aid, cg, neumann, itd, alternating),
     *(hypergradient, bilevel, train, normal_cg, gmres, gradient_descent, identity),
+    *(custom_root, custom_fixed_point, argmin),
 ]
 
 

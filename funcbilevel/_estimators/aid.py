@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
+from funcbilevel._argmin import root_layer
 from funcbilevel._check import warn_of_ignored
 from funcbilevel._described import described
 from funcbilevel._estimator import Call, Estimator, Hypergradient, InnerSolution, by_call
@@ -112,4 +113,4 @@ def aid(linear_solver: LinearSolver | lineax.AbstractLinearSolver[Any], warm_sta
         total = tree_add_scaled(g_exp, 1.0, g_imp)
         return inner, Hypergradient(total, g_exp, g_imp, value, u if warm_start else (), metrics)
 
-    return Estimator(init, by_call(estimate))
+    return Estimator(init, by_call(estimate), layer=root_layer(solver))

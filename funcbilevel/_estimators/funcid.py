@@ -5,6 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from funcbilevel._argmin import function_layer
 from funcbilevel._check import check_prediction, problem_inputs
 from funcbilevel._described import described
 from funcbilevel._estimator import Adjoint, AdjointSystem, Call, Estimator, Hypergradient, InnerSolution, by_call
@@ -109,4 +110,4 @@ def funcid(adjoint: Adjoint) -> Estimator:
         metrics |= {"adjoint_finite": finite | ~sound, "outer_finite": sound}
         return inner, Hypergradient(tree_add_scaled(g_exp, 1.0, g_imp), g_exp, g_imp, value, new_state, metrics)
 
-    return Estimator(adjoint.init, by_call(estimate), functional=True)
+    return Estimator(adjoint.init, by_call(estimate), functional=True, layer=function_layer(adjoint))

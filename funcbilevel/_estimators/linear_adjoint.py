@@ -61,4 +61,4 @@ def linear_adjoint(features: Features, ridge: float = 0.0, num_steps: int = 500)
         W, metrics = ridge_solution(C, rhs, phi_P, v_P, ridge, num_steps, mean)
         return jax.tree.map(lambda W: jnp.tensordot(phi_P, W, 1), W), state, metrics
 
-    return Adjoint(no_state, fit)
+    return Adjoint(no_state, fit, linear=True)

@@ -69,7 +69,7 @@ def pointwise_adjoint() -> Adjoint:
         metrics |= {"adjoint_inconsistent": inconsistent, "adjoint_inputs_match": jnp.all(jnp.stack(same))}
         return a_P, state, metrics
 
-    return Adjoint(no_state, fit)
+    return Adjoint(no_state, fit, linear=True)
 
 
 def _rows(tree: Prediction) -> jax.Array:
