@@ -12,6 +12,7 @@ from funcbilevel._estimators.evolution_strategy import evolution_strategy
 from funcbilevel._estimators.funcid import funcid
 from funcbilevel._estimators.gradient_penalty import gradient_penalty
 from funcbilevel._estimators.itd import itd
+from funcbilevel._estimators.prox_aid import prox_aid
 from funcbilevel._estimators.pzobo import pzobo
 from funcbilevel._estimators.value_penalty import value_penalty
 from funcbilevel._stochastic.amigo import amigo
@@ -33,7 +34,7 @@ from funcbilevel._stochastic.ttsa import ttsa
 from funcbilevel._stochastic.vrbo import vrbo
 
 ESTIMATORS: tuple[Callable[..., Any], ...] = (
-    *(funcid, aid, itd, alternating, value_penalty, gradient_penalty, darts, pzobo, evolution_strategy),
+    *(funcid, aid, prox_aid, itd, alternating, value_penalty, gradient_penalty, darts, pzobo, evolution_strategy),
 )
 SOLVERS: tuple[Callable[..., Any], ...] = (
     *(soba, ma_soba, saba, srba, fsla, sustain, mrbo, vrbo, ttsa, bsa, stocbio, amigo),

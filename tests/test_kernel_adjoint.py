@@ -204,6 +204,12 @@ def test_the_derivative_of_a_kernel_bilevel_problem(x64):
     np.testing.assert_allclose(h.outer_value, value(omega, omega), rtol=1e-9)
     assert_close(h.gradient, expected, 1e-8)
     assert_close(finite_differences(value, omega).gradient, expected, 1e-7)
+
+    def loss(omega: jax.Array) -> jax.Array:  # and as a layer, by the same adjoint
+        predict = fb.argmin(problem, model, estimator)(omega, jnp.zeros(1), (x, y))
+        return problem.outer_objective(omega, predict(z), (z, t))
+
+    assert_close(jax.jit(jax.grad(loss))(omega), expected, 1e-8)
     solver = fb.bilevel(problem, model, estimator, inner_optimizer=optax.sgd(0.1), outer_optimizer=optax.sgd(1.0))
     state = solver.init(jax.random.key(0), omega, (x, y))
     state, _ = jax.jit(solver.step)(state, (x, y), (z, t))

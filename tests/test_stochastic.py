@@ -549,7 +549,7 @@ def test_aid_stays_bounded_on_batches_of_fewer_samples_than_parameters(num_steps
     n, d = 96, 20
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
     data = {"x": draw(n, d) * jnp.logspace(-0.5, 0.0, d)[None], "a": draw(n, d), "y": draw(n, d)}
-    cross = 0.3 * draw(d, d)
+    cross = 0.05 * draw(d, d)
 
     def inner(w: jax.Array, t: jax.Array, b: Any) -> jax.Array:
         return jnp.mean(0.5 * (b["x"] @ t) ** 2 + b["a"] @ t) + w @ cross @ t

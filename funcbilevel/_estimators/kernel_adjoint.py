@@ -114,4 +114,4 @@ def kernel_adjoint(
         W, metrics = ridge_solution(C, rhs, phi_P, v_P, ridge, num_steps, mean, spectrum)
         return jax.tree.map(lambda W: jnp.tensordot(phi_P, W, 1), W), state, metrics
 
-    return Adjoint(init, fit)
+    return Adjoint(init, fit, linear=True)
