@@ -4,6 +4,9 @@ from funcbilevel._bilevel import BilevelSolver as BilevelSolver
 from funcbilevel._bilevel import BilevelState as BilevelState
 from funcbilevel._bilevel import bilevel as bilevel
 from funcbilevel._bilevel import hypergradient as hypergradient
+from funcbilevel._certify import CheckedEstimator as CheckedEstimator
+from funcbilevel._certify import HypergradientCheck as HypergradientCheck
+from funcbilevel._certify import check_hypergradient as check_hypergradient
 from funcbilevel._cost import Cost as Cost
 from funcbilevel._cost import CostTable as CostTable
 from funcbilevel._cost import compare_costs as compare_costs
@@ -34,6 +37,7 @@ from funcbilevel._linear_solvers import gradient_descent as gradient_descent
 from funcbilevel._linear_solvers import identity as identity
 from funcbilevel._linear_solvers import neumann as neumann
 from funcbilevel._linear_solvers import normal_cg as normal_cg
+from funcbilevel._linear_solvers import nystrom_cg as nystrom_cg
 from funcbilevel._model import FrozenState as FrozenState
 from funcbilevel._model import LinearHead as LinearHead
 from funcbilevel._model import Model as Model
@@ -60,6 +64,7 @@ __all__ = [
     "AdjointSystem",
     "BilevelSolver",
     "BilevelState",
+    "CheckedEstimator",
     "Cost",
     "CostTable",
     "Estimator",
@@ -67,6 +72,7 @@ __all__ = [
     "FrozenState",
     "FunctionalProblem",
     "Hypergradient",
+    "HypergradientCheck",
     "InnerSolution",
     "LinearHead",
     "LinearSolver",
@@ -82,6 +88,7 @@ __all__ = [
     "alternating",
     "bilevel",
     "cg",
+    "check_hypergradient",
     "compare_costs",
     "cost",
     "from_function",
@@ -101,6 +108,7 @@ __all__ = [
     "mixed_precision",
     "neumann",
     "normal_cg",
+    "nystrom_cg",
     "parametrize",
     "partition",
     "pointwise_adjoint",
