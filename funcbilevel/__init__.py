@@ -47,11 +47,11 @@ from funcbilevel._model import from_nnx as from_nnx
 from funcbilevel._partition import Partition as Partition
 from funcbilevel._partition import partition as partition
 from funcbilevel._precision import mixed_precision as mixed_precision
+from funcbilevel._predictor import Predictor as Predictor
+from funcbilevel._predictor import parametrize as parametrize
+from funcbilevel._predictor import predictor as predictor
 from funcbilevel._problem import FunctionalProblem as FunctionalProblem
 from funcbilevel._problem import ParametricProblem as ParametricProblem
-from funcbilevel._problem import Predictor as Predictor
-from funcbilevel._problem import parametrize as parametrize
-from funcbilevel._problem import predictor as predictor
 from funcbilevel._state import state_from_arrays as state_from_arrays
 from funcbilevel._state import state_to_arrays as state_to_arrays
 from funcbilevel._train import NonFiniteError as NonFiniteError

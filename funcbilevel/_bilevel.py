@@ -36,7 +36,8 @@ from funcbilevel._draws import Minibatches, Sampler, check_draws, draw
 from funcbilevel._estimator import Estimator, Hypergradient, InnerSolution, InnerSolve
 from funcbilevel._fit import FitState, fit
 from funcbilevel._model import Model
-from funcbilevel._problem import FunctionalProblem, Problem, mean_over_devices, training_value_and_grad
+from funcbilevel._predictor import training_value_and_grad
+from funcbilevel._problem import FunctionalProblem, Problem, mean_over_devices
 from funcbilevel._tree import all_finite, stays_finite, tree_add_scaled, tree_norm, tree_where
 from funcbilevel._typing import Batch, InnerParams, Key, Metrics, ModelState, OuterParams, PyTree
 
@@ -60,7 +61,7 @@ def hypergradient(
     Arguments:
         problem: `FunctionalProblem` or `ParametricProblem`.
         model: the prediction model; None with a `ParametricProblem`.
-        estimator: `funcid(...)`, `aid(...)`, `itd(...)` or `alternating()`.
+        estimator: what turns the inner solution into a hypergradient: any `fb.Estimator`.
         outer_params: omega, any pytree of floats.
         inner_params: theta, the inner solution; with `itd` the point from which its T steps start.
         inner_batch, outer_batch: samples of the two distributions. The inner ones may be `Minibatches` or a `Sampler`:
@@ -101,8 +102,8 @@ def hypergradient(
         check_optimizer(name, "inner_optimizer", inner_optimizer)
     elif estimator.unroll:
         raise ValueError(
-            f"{name}: inner_optimizer is None, but fb.itd differentiates through its steps; pass the optax optimizer "
-            "of the inner level, for example inner_optimizer=optax.sgd(0.1)."
+            f"{name}: inner_optimizer is None, but {estimator!r} differentiates through its steps; pass the optax "
+            "optimizer of the inner level, for example inner_optimizer=optax.sgd(0.1)."
         )
     outer_params = as_float_tree(name, "outer_params", outer_params)
     inner_params = as_float_tree(name, "inner_params", inner_params)
@@ -229,7 +230,7 @@ def bilevel(
     Arguments:
         problem: `FunctionalProblem` or `ParametricProblem`.
         model: the prediction model; None with a `ParametricProblem`.
-        estimator: `funcid(...)`, `aid(...)`, `itd(...)` or `alternating()`: swapping it changes nothing else.
+        estimator: any `fb.Estimator`; swapping it changes nothing else.
         inner_optimizer, outer_optimizer: any optax optimizers (schedules, clipping, weight decay, `MultiSteps`, line
             searches such as `optax.lbfgs()`). The outer one is given `value`, `grad` and `value_fn` too, for those that
             use them: `value_fn` is omega -> L_out after M inner steps at that omega, from this outer step's start, and
@@ -281,8 +282,8 @@ def bilevel(
     check_number(name, "inner_steps", inner_steps)
     if estimator.unroll > inner_steps:
         raise ValueError(
-            f"{name}: fb.itd's num_steps={estimator.unroll} exceeds inner_steps={inner_steps}; it can only go back "
-            "through steps that are made. Raise inner_steps or lower num_steps."
+            f"{name}: inner_steps={inner_steps}, but {estimator!r} differentiates through {estimator.unroll} of them; "
+            "it can only go back through steps that are made. Raise inner_steps, or lower that number."
         )
     if inner_init is not None:
         check_callable(name, "inner_init", inner_init)
@@ -493,7 +494,11 @@ def _inner_solve(
 
         def value_and_grad(theta: InnerParams, model_state: ModelState, key: Key | None, i: jax.Array) -> Any:
             batch = draw("step", inner_batch, draw_key, i)
-            return training_value_and_grad(problem, model, outer_params, batch)(theta, model_state, key)
+            (value, (aux, model_state)), grad = training_value_and_grad(problem, model, outer_params, batch)(
+                theta, model_state, key
+            )
+            aux = aux | {"inner_gradient_norm": tree_norm(jax.lax.stop_gradient(grad))}
+            return (value, (aux, model_state)), grad
 
         before = reached.fit
         result = fit(value_and_grad, optimizer, num_steps, before, key, first_step=first_step, remat=remat)

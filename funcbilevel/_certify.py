@@ -14,9 +14,10 @@ from funcbilevel._arguments import as_float_tree, check_like, check_number, chec
 from funcbilevel._bilevel import BilevelSolver, BilevelState, bilevel, hypergradient
 from funcbilevel._check import check_setup
 from funcbilevel._draws import Minibatches
-from funcbilevel._estimator import Estimator, Hypergradient, InnerSolution, InnerSolve, no_state
+from funcbilevel._estimator import Call, Estimator, Hypergradient, InnerSolution, by_call, no_state
 from funcbilevel._model import Model
-from funcbilevel._problem import Problem, as_parametric, outer_value
+from funcbilevel._predictor import as_parametric
+from funcbilevel._problem import Problem, outer_value
 from funcbilevel._typing import Batch, InnerParams, Key, ModelState, OuterParams, PyTree
 
 CONVERGED = 1e-2  # the largest relative error of a reference that is said to have converged
@@ -160,7 +161,7 @@ def check_hypergradient(
         made = bilevel(
             problem,
             model,
-            Estimator(no_state, _value_alone),
+            Estimator(no_state, by_call(_value_alone)),
             inner_optimizer=inner_optimizer,
             outer_optimizer=optax.set_to_zero(),
             inner_steps=steps,
@@ -245,23 +246,12 @@ def check_hypergradient(
     return HypergradientCheck(rows, expected, directions, step_error, solve_error, converged)
 
 
-def _value_alone(
-    problem: Problem,
-    model: Model | None,
-    solve: InnerSolve,
-    outer_params: OuterParams,
-    inner_batch: Batch,
-    outer_batch: Batch,
-    state: PyTree,
-    key: Key | None,
-    /,
-) -> tuple[InnerSolution, Hypergradient]:
+def _value_alone(call: Call) -> tuple[InnerSolution, Hypergradient]:
     """`estimate` of an estimator that solves, and says what L_out is."""
-    del state, key
-    inner = solve(outer_params)
-    parametric = as_parametric(problem, model, inner.fit.model_state, inner_batch)
-    value, _ = outer_value(parametric, outer_params, inner.fit.params, outer_batch)
-    zero = jax.tree.map(jnp.zeros_like, outer_params)
+    inner = call.solve(call.outer_params)
+    parametric = as_parametric(call.problem, call.model, inner.fit.model_state, call.inner_batch)
+    value, _ = outer_value(parametric, call.outer_params, inner.fit.params, call.outer_batch)
+    zero = jax.tree.map(jnp.zeros_like, call.outer_params)
     return inner, Hypergradient(zero, zero, zero, value, (), {"adjoint_finite": jnp.array(True)})
 
 

@@ -40,7 +40,7 @@ def check_setup(function: str, problem: Any, model: Any, estimator: Any) -> None
     if not isinstance(estimator, Estimator):
         raise TypeError(
             f"{function}: estimator must be an fb.Estimator, got {estimator!r}; make one with fb.funcid(...), "
-            "fb.aid(...), fb.itd(...) or fb.alternating()."
+            "fb.aid(...) or another of the package's estimators."
         )
     for part in ("init", "estimate"):
         check_callable(function, f"estimator.{part}", getattr(estimator, part))
@@ -52,8 +52,8 @@ def check_setup(function: str, problem: Any, model: Any, estimator: Any) -> None
             )
         if estimator.functional:
             raise TypeError(
-                f"{function}: fb.funcid needs an fb.FunctionalProblem, got a ParametricProblem; write the objectives "
-                "on the prediction, or use fb.aid, fb.itd or fb.alternating."
+                f"{function}: {estimator!r} needs an fb.FunctionalProblem, got a ParametricProblem; write the "
+                "objectives on the prediction, or use a parametric estimator such as fb.aid(...)."
             )
     elif model is None:
         raise ValueError(

@@ -1,5 +1,6 @@
 """The protocol that every estimator follows: types only."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -53,7 +54,8 @@ class InnerSolution(NamedTuple):
 
     Attributes:
         fit: inner_params, optimizer state and model state.
-        metrics: `inner_objective` and the inner aux at the last step; empty if no step was taken.
+        metrics: `inner_objective`, `inner_gradient_norm` (of the gradient that the optimizer was given) and the inner
+            aux at the last step, before its update; empty if no step was taken.
         diverged: whether the objective and the parameters grew without limit in these steps, finite as they may be.
     """
 
@@ -90,6 +92,24 @@ class Estimate(Protocol):
         key: Key | None,
         /,
     ) -> tuple[InnerSolution, Hypergradient]: ...
+
+
+class Call(NamedTuple):
+    """The arguments of `Estimate`, in their order."""
+
+    problem: Any
+    model: Any
+    solve: InnerSolve
+    outer_params: OuterParams
+    inner_batch: Batch
+    outer_batch: Batch
+    state: PyTree
+    key: Key | None
+
+
+def by_call(estimate: Callable[[Call], tuple[InnerSolution, Hypergradient]]) -> Estimate:
+    """`estimate`, written on one `Call`, as the protocol calls it."""
+    return lambda *arguments: estimate(Call(*arguments))
 
 
 class Estimator(NamedTuple):

@@ -345,9 +345,9 @@ def as_linear_solver(solver: Any) -> LinearSolver:
 
 
 def solve_linear(
-    solver: LinearSolver, matvec: LinearMap, rhs: PyTree, initial: PyTree | None, point: PyTree
-) -> tuple[PyTree, Metrics, PyTree]:
-    """The solution of (A + damping) u = b in `working_dtype`, its `linear_metrics`, and A point.
+    solver: LinearSolver, matvec: LinearMap, rhs: PyTree, initial: PyTree | None
+) -> tuple[PyTree, Metrics, jax.Array]:
+    """The solution of (A + damping) u = b in `working_dtype`, its `linear_metrics`, and |A u| / |u| (0 where u is).
 
     NaN, where A or b holds NaN.
     The solver gets b scaled to a size near one, by a power of two, which changes no digit of the result.
@@ -360,13 +360,12 @@ def solve_linear(
     b = tree_scaled(tree_cast(rhs, dtype), 1.0 / size)
     start = None if initial is None else tree_scaled(tree_cast(initial, dtype), 1.0 / size)
     u = solver.solve(damped, b, start)
-    # Both products by one copy of A in the compiled program.
-    both = jax.tree.map(lambda *xs: jnp.stack(xs), u, tree_cast(point, dtype))
-    products = jax.lax.map(rescaled(matvec, rhs), both)
-    Au, A_point = (jax.tree.map(lambda x, i=i: x[i], products) for i in (0, 1))
+    Au = rescaled(matvec, rhs)(u)
+    norm = tree_norm(u)
+    curvature = tree_norm(Au) / jnp.where(norm > 0, norm, 1.0)
     metrics = linear_metrics(tree_add_scaled(Au, solver.damping, u), b, u, rhs)
     u = nan_unless(~jnp.isnan(metrics["linear_residual"]), tree_scaled(u, size))
-    return u, metrics, A_point
+    return u, metrics, curvature
 
 
 def in_working_dtype(f: LinearMap, like: PyTree) -> LinearMap:
@@ -479,17 +478,14 @@ def conjugate_gradients(
         return z, tree_vdot(r, z)
 
     def loop(matvec: LinearMap, b: PyTree) -> PyTree:
-        least = tol**2 * tree_vdot(b, b)
         zero = jax.tree.map(jnp.zeros_like, b)
-        u, r, rr = zero, b, tree_vdot(b, b)
-        best, best_rr = u, rr
-        if initial is not None:
-            u, r = initial, tree_add_scaled(b, -1.0, matvec(initial))
-            rr = tree_vdot(r, r)
-            best, best_rr = tree_where(rr < best_rr, (u, rr), (best, best_rr))
+        bb = tree_vdot(b, b)
+        least = tol**2 * bb
 
+        # A start that is not zero is reached from zero by a step of length one along it: the same loop makes its
+        # product, and the compiled program holds A once.
         def running(state: CGState) -> jax.Array:
-            return (state.steps < num_steps) & (state.rr > least) & state.positive
+            return (state.steps < num_steps) & ((state.rr > least) | (state.steps < 0)) & state.positive
 
         def step(state: CGState) -> CGState:
             steps, u, r, p, _, rz, best, best_rr, largest, _ = state
@@ -498,16 +494,24 @@ def conjugate_gradients(
             largest = jnp.maximum(largest, pAp / pp)
             positive = pAp > negligible * largest * pp
             alpha = jnp.where(positive, rz / jnp.where(positive, pAp, 1.0), 0.0)
+            to_start = steps < 0
+            positive, alpha, largest = (
+                positive | to_start,
+                jnp.where(to_start, 1.0, alpha),
+                jnp.where(to_start, 0.0, largest),
+            )
             r = tree_add_scaled(r, -alpha, Ap)
             rr = tree_vdot(r, r)
             z, after = preconditioned(r, rr)
-            u, p = tree_add_scaled(u, alpha, p), tree_add_scaled(z, after / rz, p)
+            beta = jnp.where(to_start, 0.0, after / rz)
+            u, p = tree_add_scaled(u, alpha, p), tree_add_scaled(z, beta, p)
             best, best_rr = tree_where(rr < best_rr, (u, rr), (best, best_rr))
-            return CGState(steps + 1, u, r, p, rr, after, best, best_rr, largest, positive)
+            # A residual that is not finite: the answer is the best iterate, zero if there was none.
+            return CGState(steps + 1, u, r, p, rr, after, best, best_rr, largest, positive & jnp.isfinite(after))
 
-        z, rz = preconditioned(r, rr)
-        finite = jnp.isfinite(rz)  # of the start; if not, the answer is zero
-        start = CGState(jnp.zeros((), jnp.int32), u, r, z, rr, rz, best, best_rr, jnp.zeros_like(rr), finite)
+        z, rz = preconditioned(b, bb)
+        first, p = (0, z) if initial is None else (-1, initial)
+        start = CGState(jnp.asarray(first), zero, b, p, bb, rz, zero, bb, jnp.zeros_like(bb), jnp.isfinite(rz))
         end = jax.lax.while_loop(running, step, start)
         return tree_where(end.positive, end.u, end.best)
 

@@ -316,7 +316,10 @@ def test_inner_points_that_are_not_stationary_are_reported(x64, kind, estimator)
     assert float(h.metrics["inner_gradient_relative"]) > 0.01
 
 
-@pytest.mark.parametrize("adjoint", [fb.linear_adjoint(lambda t, x: x), fb.learned_adjoint(optax.sgd(0.1), 2)])
+EXACT = fb.linear_adjoint(lambda t, x: x)
+
+
+@pytest.mark.parametrize("adjoint", [EXACT, fb.learned_adjoint(optax.sgd(0.1), 2)])
 def test_functional_inner_points_that_are_not_stationary_are_reported(x64, adjoint):
     rng = np.random.default_rng(1)
     x, y = jnp.asarray(rng.normal(size=(20, 3))), jnp.asarray(rng.normal(size=20))
@@ -333,10 +336,9 @@ def test_functional_inner_points_that_are_not_stationary_are_reported(x64, adjoi
     with pytest.warns(UserWarning, match="not a stationary point"):
         h = call(0.9 * solution)
     gradient = jax.grad(lambda theta: jnp.mean((x @ theta - y) ** 2))(0.9 * solution)
-    product = 2.0 * x.T @ x @ (0.9 * solution) / 20
-    terms = jnp.linalg.norm(product) + jnp.linalg.norm(gradient)
     np.testing.assert_allclose(h.metrics["inner_gradient_norm"], jnp.linalg.norm(gradient), rtol=1e-10)
-    np.testing.assert_allclose(h.metrics["inner_gradient_relative"], jnp.linalg.norm(gradient) / terms, rtol=1e-10)
+    # A tenth of the solution is missing; the exact adjoint lies along it, the fitted one nearly so.
+    np.testing.assert_allclose(h.metrics["inner_gradient_relative"], 0.1, rtol=1e-10 if adjoint is EXACT else 0.1)
 
 
 # Conjugate gradients where the Hessian is not positive definite.

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 
 from funcbilevel._check import warn_of_ignored
 from funcbilevel._described import described
-from funcbilevel._estimator import Estimator, Hypergradient, InnerSolution, InnerSolve
+from funcbilevel._estimator import Call, Estimator, Hypergradient, InnerSolution, by_call
 from funcbilevel._fit import FitState
 from funcbilevel._linear_solvers import LinearSolver, as_linear_solver, rescaled, solve_linear
 from funcbilevel._model import Model
+from funcbilevel._predictor import as_parametric
 from funcbilevel._problem import (
     Problem,
-    as_parametric,
     inner_cross_derivative,
     inner_derivatives,
     inner_value,
@@ -24,7 +24,7 @@ from funcbilevel._problem import (
 )
 from funcbilevel._tracing import dependence
 from funcbilevel._tree import all_finite, tree_add_scaled, tree_cast, tree_norm, working_dtype
-from funcbilevel._typing import Batch, Key, OuterParams, PyTree
+from funcbilevel._typing import Batch, Key, PyTree
 
 if TYPE_CHECKING:
     import lineax
@@ -56,7 +56,8 @@ def aid(linear_solver: LinearSolver | lineax.AbstractLinearSolver[Any], warm_sta
     Returns:
         An `Estimator` for either kind of problem (a functional one is taken at the model's parameters, in
         evaluation mode). Metrics: `adjoint_finite`, `linear_residual`, `linear_converged`, `linear_curvature`,
-        `inner_gradient_norm` and `inner_gradient_relative`: g = d_theta L_in, and |g| / (|g| + |H theta|).
+        `inner_gradient_norm` and `inner_gradient_relative`: with g = d_theta L_in and H its Hessian, |g| and
+        |g| / (|g| + kappa |theta|), kappa = |H u| / |u| the curvature that u has met.
 
     Raises:
         TypeError: `linear_solver` is not one.
@@ -75,18 +76,8 @@ def aid(linear_solver: LinearSolver | lineax.AbstractLinearSolver[Any], warm_sta
         dtype = working_dtype(inner.params)
         return jax.tree.map(lambda x: jnp.zeros_like(x, dtype), inner.params) if warm_start else ()
 
-    def estimate(
-        problem: Problem,
-        model: Model | None,
-        solve: InnerSolve,
-        outer_params: OuterParams,
-        inner_batch: Batch,
-        outer_batch: Batch,
-        state: PyTree,
-        key: Key | None,
-        /,
-    ) -> tuple[InnerSolution, Hypergradient]:
-        del key
+    def estimate(call: Call) -> tuple[InnerSolution, Hypergradient]:
+        problem, model, solve, outer_params, inner_batch, outer_batch, state, _ = call
         inner = solve(outer_params)
         theta, problem = inner.fit.params, as_parametric(problem, model, inner.fit.model_state, inner_batch)
 
@@ -104,17 +95,16 @@ def aid(linear_solver: LinearSolver | lineax.AbstractLinearSolver[Any], warm_sta
             return jax.tree.map(lambda x, s: next(leaves) if s else jnp.zeros_like(x), theta, seen)
 
         initial = part(state) if warm_start else None
-        solution, metrics, product = solve_linear(
-            solver, lambda t: part(hessian(whole(t))), part(d), initial, part(theta)
-        )
+        solution, metrics, curvature = solve_linear(solver, lambda t: part(hessian(whole(t))), part(d), initial)
         u = tree_cast(whole(solution), working_dtype(theta))
         cross = rescaled(lambda u: inner_cross_derivative(problem, outer_params, theta, inner_batch, u), theta)(u)
         g_imp = tree_cast(jax.tree.map(jnp.negative, cross), outer_params)
 
-        metrics = metrics | stationarity(tree_norm(gradient), tree_norm(product)) | aux
+        norm = tree_norm(gradient)
+        metrics = metrics | stationarity(norm, norm, curvature * tree_norm(part(theta))) | aux
         sound = all_finite(value, d)
         metrics |= {"adjoint_finite": all_finite(u, metrics) | ~sound, "outer_finite": sound}
         total = tree_add_scaled(g_exp, 1.0, g_imp)
         return inner, Hypergradient(total, g_exp, g_imp, value, u if warm_start else (), metrics)
 
-    return Estimator(init, estimate)
+    return Estimator(init, by_call(estimate))

@@ -1,22 +1,20 @@
 """FuncID: functional implicit differentiation."""
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from funcbilevel._check import check_prediction, problem_inputs
 from funcbilevel._described import described
-from funcbilevel._estimator import Adjoint, AdjointSystem, Estimator, Hypergradient, InnerSolution, InnerSolve
+from funcbilevel._estimator import Adjoint, AdjointSystem, Call, Estimator, Hypergradient, InnerSolution, by_call
 from funcbilevel._linear_solvers import rescaled
+from funcbilevel._predictor import predictor
 from funcbilevel._problem import (
-    FunctionalProblem,
     inner_cross_derivative,
     inner_derivatives,
     mean_over_devices,
     outer_derivatives,
-    predictor,
     stationarity,
 )
 from funcbilevel._tree import (
@@ -29,7 +27,6 @@ from funcbilevel._tree import (
     tree_vdot,
     working_dtype,
 )
-from funcbilevel._typing import Batch, Key, OuterParams, Prediction, PyTree
 
 BATCHES = ("inner_batch", "outer_batch")
 
@@ -56,9 +53,10 @@ def funcid(adjoint: Adjoint) -> Estimator:
             `pointwise_adjoint`.
 
     Returns:
-        An `Estimator` for `FunctionalProblem`. Metrics: `adjoint_finite`, those of the adjoint, `inner_gradient_norm`
-        and `inner_gradient_relative`: with J the Jacobian of v_P by theta and g = J' d_v L_in, |g| and
-        |g| / (|g| + |J' C v_P|).
+        An `Estimator` for `FunctionalProblem`. Metrics: `adjoint_finite`; those of the adjoint; `inner_gradient_norm`,
+        |d_theta L_in|, in a loop that of the last inner step; and, with g = d_v L_in at v_P, `inner_gradient_relative`:
+        |<g, a>| / (|<g, a>| + |a| |C v_P|), the gradient along a beside the size of its terms. (g itself need not
+        vanish where the model cannot fit every sample, its part in the span of the adjoint function has to.)
 
     Raises:
         TypeError: `adjoint` is not an `Adjoint`.
@@ -75,17 +73,8 @@ def funcid(adjoint: Adjoint) -> Estimator:
             "fb.linear_adjoint(...) or fb.pointwise_adjoint()."
         )
 
-    def estimate(
-        problem: FunctionalProblem,
-        model: Any,
-        solve: InnerSolve,
-        outer_params: OuterParams,
-        inner_batch: Batch,
-        outer_batch: Batch,
-        state: PyTree,
-        key: Key | None,
-        /,
-    ) -> tuple[InnerSolution, Hypergradient]:
+    def estimate(call: Call) -> tuple[InnerSolution, Hypergradient]:
+        problem, model, solve, outer_params, inner_batch, outer_batch, state, key = call
         inner = solve(outer_params)
         x_P, x_Q = (problem_inputs("funcid", problem, b, n) for b, n in zip((inner_batch, outer_batch), BATCHES))
         h = predictor(problem, model, outer_params, inner.fit.params, inner_batch, inner.fit.model_state)
@@ -103,19 +92,17 @@ def funcid(adjoint: Adjoint) -> Estimator:
         )
         g_imp = tree_cast(cross, outer_params)
 
-        # After the adjoint, so that the activations are not in memory beside it; both norms by one copy of the backward
-        # pass in the compiled program.
-        x = evaluated_after(tree_vdot(a_P, a_P), x_P)
-        _, pull = jax.vjp(lambda theta: model.apply(theta, inner.fit.model_state, x)[0], inner.fit.params)
-
-        def norm_pulled(t: Prediction) -> jax.Array:  # |J' t|
-            return tree_norm(mean(pull(t if h.head is None else t @ h.head.T)[0]))
-
-        norms = jax.lax.map(norm_pulled, jax.tree.map(lambda *ts: jnp.stack(ts), gradient, C(v_P)))
-        metrics = metrics | stationarity(norms[0], norms[1]) | aux
+        norm = inner.metrics.get("inner_gradient_norm")  # of the last inner step, if there was one: it costs nothing
+        if norm is None:
+            # After the adjoint, so that the activations are not in memory beside it.
+            x = evaluated_after(tree_vdot(a_P, a_P), x_P)
+            _, pull = jax.vjp(lambda theta: model.apply(theta, inner.fit.model_state, x)[0], inner.fit.params)
+            norm = tree_norm(mean(pull(gradient if h.head is None else gradient @ h.head.T)[0]))
+        along_a, squares = mean((tree_vdot(gradient, a_P), jnp.stack([tree_vdot(t, t) for t in (a_P, C(v_P))])))
+        metrics = metrics | stationarity(norm, jnp.abs(along_a), jnp.prod(jnp.sqrt(squares))) | aux
         sound = all_finite(value, d)
         finite = all_finite(a_P, metrics) & stays_finite(state, new_state)
         metrics |= {"adjoint_finite": finite | ~sound, "outer_finite": sound}
         return inner, Hypergradient(tree_add_scaled(g_exp, 1.0, g_imp), g_exp, g_imp, value, new_state, metrics)
 
-    return Estimator(adjoint.init, estimate, functional=True)
+    return Estimator(adjoint.init, by_call(estimate), functional=True)

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 
 from funcbilevel._arguments import check_number
 from funcbilevel._described import described
-from funcbilevel._estimator import Estimator, Hypergradient, InnerSolution, InnerSolve, no_state
-from funcbilevel._model import Model
-from funcbilevel._problem import Problem, as_parametric, outer_value
+from funcbilevel._estimator import Call, Estimator, Hypergradient, InnerSolution, by_call, no_state
+from funcbilevel._predictor import as_parametric
+from funcbilevel._problem import outer_value
 from funcbilevel._tracing import reverse_only
 from funcbilevel._tree import tree_add_scaled
-from funcbilevel._typing import Batch, Key, Metrics, OuterParams, PyTree
+from funcbilevel._typing import Metrics, OuterParams
 
 
 @described
@@ -55,18 +55,8 @@ def itd(num_steps: int, mode: Literal["reverse", "forward"] = "reverse", remat: 
     if mode not in ("reverse", "forward"):
         raise ValueError(f'itd: mode must be "reverse" or "forward", got {mode!r}.')
 
-    def estimate(
-        problem: Problem,
-        model: Model | None,
-        solve: InnerSolve,
-        outer_params: OuterParams,
-        inner_batch: Batch,
-        outer_batch: Batch,
-        state: PyTree,
-        key: Key | None,
-        /,
-    ) -> tuple[InnerSolution, Hypergradient]:
-        del key
+    def estimate(call: Call) -> tuple[InnerSolution, Hypergradient]:
+        problem, model, solve, outer_params, inner_batch, outer_batch, state, _ = call
 
         def unrolled(
             explicit: OuterParams, implicit: OuterParams
@@ -101,4 +91,4 @@ def itd(num_steps: int, mode: Literal["reverse", "forward"] = "reverse", remat: 
         metrics = aux | {"adjoint_finite": jnp.array(True)}
         return inner, Hypergradient(tree_add_scaled(g_exp, 1.0, g_imp), g_exp, g_imp, value, state, metrics)
 
-    return Estimator(no_state, estimate, unroll=num_steps)
+    return Estimator(no_state, by_call(estimate), unroll=num_steps)

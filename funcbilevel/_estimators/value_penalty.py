@@ -59,6 +59,7 @@ def value_penalty(
         problem: ParametricProblem, outer_params: OuterParams, theta: InnerParams, inner_batch: Batch, d: InnerParams
     ) -> Metrics:
         gradient = jax.grad(lambda theta: inner_value(problem, outer_params, theta, inner_batch)[0])(theta)
-        return stationarity(tree_norm(mean_over_devices(problem, gradient)), tree_norm(d) / penalty)
+        norm = tree_norm(mean_over_devices(problem, gradient))
+        return stationarity(norm, norm, tree_norm(d) / penalty)
 
     return penalised("value_penalty", suboptimality, optimizer, num_steps, penalty, warm_start, at_theta)
