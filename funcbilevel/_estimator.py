@@ -172,6 +172,12 @@ class AdjointFit(Protocol):
     ) -> tuple[Prediction, PyTree, Metrics]: ...
 
 
+class AdjointNewton(Protocol):
+    def __call__(
+        self, system: AdjointSystem, model: Model, inner: FitState, state: PyTree, key: Key | None, /
+    ) -> tuple[Prediction, Prediction, PyTree, Metrics]: ...
+
+
 class Adjoint(NamedTuple):
     """A way to represent and fit the adjoint function of FuncID, as pure functions.
 
@@ -179,11 +185,16 @@ class Adjoint(NamedTuple):
         init: `(key, problem, model, inner, inner_batch) -> state`.
         fit: `(system, model, inner, state, key) -> (a(x_P), state, metrics)`.
         description: the call that made it, for `repr`.
+        newton: the Newton step N of the inner problem in the same class of functions, for `funcid`'s correction:
+            `(system, model, inner, state, key) -> (N(x_P), N(x_Q), state, metrics)`, with system.d = d_v L_in at v_P. N
+            minimises 1/2 <N(x_P), C[N(x_P)]> - <N(x_P), system.d>; state is a second one made by `init`. None: no
+            correction.
     """
 
     init: AdjointInit
     fit: AdjointFit
     description: str = ""
+    newton: AdjointNewton | None = None
 
     def __repr__(self) -> str:
         return describe(self)

@@ -118,6 +118,7 @@ METRICS = (
     *("inner_finite", "adjoint_finite", "outer_finite", "inner_gradient_norm", "inner_gradient_relative"),
     *("linear_residual", "linear_converged", "linear_curvature"),
     *("adjoint_objective", "adjoint_inputs_match", "adjoint_inconsistent", "penalty_objective"),
+    *("newton_residual", "newton_objective"),
 )
 
 
