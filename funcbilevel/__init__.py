@@ -14,6 +14,8 @@ from funcbilevel._cost import cost as cost
 from funcbilevel._cost import measure_costs as measure_costs
 from funcbilevel._draws import Minibatches as Minibatches
 from funcbilevel._draws import Sampler as Sampler
+from funcbilevel._error import HypergradientError as HypergradientError
+from funcbilevel._error import hypergradient_error as hypergradient_error
 from funcbilevel._estimator import Adjoint as Adjoint
 from funcbilevel._estimator import AdjointSystem as AdjointSystem
 from funcbilevel._estimator import Estimator as Estimator
@@ -73,6 +75,7 @@ __all__ = [
     "FunctionalProblem",
     "Hypergradient",
     "HypergradientCheck",
+    "HypergradientError",
     "InnerSolution",
     "LinearHead",
     "LinearSolver",
@@ -100,6 +103,7 @@ __all__ = [
     "gradient_descent",
     "gradient_penalty",
     "hypergradient",
+    "hypergradient_error",
     "identity",
     "itd",
     "learned_adjoint",

@@ -112,6 +112,21 @@ def by_call(estimate: Callable[[Call], tuple[InnerSolution, Hypergradient]]) -> 
     return lambda *arguments: estimate(Call(*arguments))
 
 
+class Refine(Protocol):
+    def __call__(
+        self,
+        problem: Any,
+        model: Model | None,
+        solve: InnerSolve,
+        outer_params: OuterParams,
+        inner_batch: Batch,
+        outer_batch: Batch,
+        state: PyTree,
+        key: Key | None,
+        /,
+    ) -> tuple[Hypergradient, Hypergradient, Hypergradient, Hypergradient]: ...
+
+
 class Estimator(NamedTuple):
     """A way to turn an inner solution into a hypergradient, as pure functions.
 
@@ -124,6 +139,8 @@ class Estimator(NamedTuple):
         functional: whether it needs a `FunctionalProblem`.
         implicit: whether it estimates the implicit part, so that inner_objective has to depend on outer_params.
         description: the call that made it, for `repr`.
+        refine: called as `estimate` is, for `hypergradient_error`: the estimate; one with the adjoint refined; and two,
+            each after one more Newton step of the inner level and refinement of the adjoint. None: there is none.
     """
 
     init: EstimatorInit
@@ -132,6 +149,7 @@ class Estimator(NamedTuple):
     functional: bool = False
     implicit: bool = True
     description: str = ""
+    refine: Refine | None = None
 
     def __repr__(self) -> str:
         return describe(self)

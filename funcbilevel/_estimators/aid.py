@@ -87,7 +87,8 @@ def aid(
         dtype = working_dtype(inner.params)
         return jax.tree.map(lambda x: jnp.zeros_like(x, dtype), inner.params) if warm_start else ()
 
-    def estimate(call: Call) -> tuple[InnerSolution, Hypergradient]:
+    def at(call: Call, lengths: tuple[float, ...], found: PyTree | None = None) -> tuple[InnerSolution, Hypergradient]:
+        """The estimate after Newton steps of these lengths; u is solved for, or `found` refined by its residual."""
         problem, model, solve, outer_params, inner_batch, outer_batch, state, _ = call
         inner = solve(outer_params)
         theta, problem = inner.fit.params, as_parametric(problem, model, inner.fit.model_state, inner_batch)
@@ -103,18 +104,22 @@ def aid(
             return jax.tree.map(lambda x, s: next(leaves) if s else jnp.zeros_like(x), theta, seen)
 
         slope, newton_metrics, broken = None, {}, False
-        if corrected:
-            slope, hessian = inner_derivatives(problem, outer_params, theta, inner_batch)
-            N, residuals, _ = solve_linear(solver, lambda t: part(hessian(whole(t))), part(slope), None)
+        for beta in lengths:
+            gradient, hessian = inner_derivatives(problem, outer_params, theta, inner_batch)
+            slope = gradient if slope is None else slope
+            N, residuals, _ = solve_linear(solver, lambda t, H=hessian: part(H(whole(t))), part(gradient), None)
             newton_metrics = {"newton_residual": residuals["linear_residual"]}
-            before, theta = theta, tree_add_scaled(theta, -correction, tree_cast(whole(N), theta))
-            broken = all_finite(before) & ~all_finite(theta)
+            before, theta = theta, tree_add_scaled(theta, -beta, tree_cast(whole(N), theta))
+            broken = broken | all_finite(before) & ~all_finite(theta)
 
         value, aux, g_exp, d = outer_derivatives(problem, outer_params, theta, outer_batch)
         gradient, hessian = inner_derivatives(problem, outer_params, theta, inner_batch)
-        initial = part(state) if warm_start else None
-        solution, metrics, curvature = solve_linear(solver, lambda t: part(hessian(whole(t))), part(d), initial)
+        initial, rhs = part(state) if warm_start else None, d
+        if found is not None:
+            initial, rhs = None, tree_add_scaled(d, -1.0, rescaled(hessian, theta)(found))
+        solution, metrics, curvature = solve_linear(solver, lambda t: part(hessian(whole(t))), part(rhs), initial)
         u = tree_cast(whole(solution), working_dtype(theta))
+        u = u if found is None else tree_add_scaled(found, 1.0, u)
         cross = rescaled(lambda u: inner_cross_derivative(problem, outer_params, theta, inner_batch, u), theta)(u)
         g_imp = tree_cast(jax.tree.map(jnp.negative, cross), outer_params)
 
@@ -124,6 +129,20 @@ def aid(
         sound = all_finite(value, d) | broken  # what N has broken is not the outer level's fault
         metrics |= {"adjoint_finite": all_finite(u, metrics) | ~sound, "outer_finite": sound}
         total = tree_add_scaled(g_exp, 1.0, g_imp)
-        return inner, Hypergradient(total, g_exp, g_imp, value, u if warm_start else (), metrics)
+        return inner, Hypergradient(total, g_exp, g_imp, value, u, metrics)
 
-    return Estimator(init, by_call(estimate))
+    own = (correction,) if corrected else ()
+
+    def estimate(call: Call) -> tuple[InnerSolution, Hypergradient]:
+        inner, h = at(call, own)
+        return inner, h if warm_start else h._replace(state=())
+
+    def refine(*arguments: Any) -> tuple[Hypergradient, Hypergradient, Hypergradient, Hypergradient]:
+        call = Call(*arguments)
+        _, first = at(call, own)
+        _, again = at(call, own, first.state)
+        _, second = at(call, (*own, 1.0), first.state)
+        _, third = at(call, (*own, 1.0, 1.0), second.state)
+        return first, again, second, third
+
+    return Estimator(init, by_call(estimate), refine=refine)

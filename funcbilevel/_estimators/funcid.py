@@ -115,26 +115,29 @@ def funcid(adjoint: Adjoint, correction: float = 0.0) -> Estimator:
         """The adjoint's state, and that of the Newton step."""
         if model.head is not None:
             raise ValueError(
-                f"funcid: correction is {correction}, but the model's linear head (variable_projection) is solved for: "
-                "in its features there is no Newton step left. Use correction=0, or a model without such a head."
+                "funcid: a Newton step is asked for, by correction > 0 or hypergradient_error, but the model's linear "
+                "head (variable_projection) is solved for: in its features no step is left. Use correction=0, or a "
+                "model without such a head."
             )
         keys = (None, None) if key is None else jax.random.split(key)
         return tuple(adjoint.init(k, problem, model, inner, inner_batch) for k in keys)
 
     def newton_step(
-        call: Call, inner: FitState, v_P: Prediction, v_Q: Prediction, x_P: Inputs, x_Q: Inputs
-    ) -> tuple[Prediction, Prediction, Prediction, PyTree, Metrics]:
+        call: Call, inner: FitState, beta: float, vs: tuple[Prediction, Prediction], xs: tuple[Inputs, Inputs]
+    ) -> tuple[tuple[Prediction, Prediction], Prediction, PyTree, Metrics]:
         """v_beta on both batches, d_v L_in at v_P, and the state and the metrics of N."""
         assert find_newton is not None
-        problem, model, _, outer_params, inner_batch, _, (_, state), key = call
+        problem, model, _, outer_params, inner_batch, _, state, key = call
+        (v_P, v_Q), (x_P, x_Q) = vs, xs
         gradient, C = inner_derivatives(problem, outer_params, v_P, inner_batch)
         system = AdjointSystem(C, gradient, v_P, x_P, x_Q, partial(mean_over_devices, problem))
         key = None if key is None else jax.random.fold_in(key, 1)
         *steps, state, metrics = find_newton(system, model, inner, state, key)
-        v_P, v_Q = (tree_add_scaled(v, -correction, tree_cast(N, v)) for v, N in zip((v_P, v_Q), steps, strict=True))
-        return v_P, v_Q, gradient, state, metrics
+        v_P, v_Q = (tree_add_scaled(v, -beta, tree_cast(N, v)) for v, N in zip((v_P, v_Q), steps, strict=True))
+        return (v_P, v_Q), gradient, state, metrics
 
-    def estimate(call: Call) -> tuple[InnerSolution, Hypergradient]:
+    def at(call: Call, lengths: tuple[float, ...]) -> tuple[InnerSolution, Hypergradient]:
+        """The estimate after Newton steps of these lengths; with any, the state is a pair."""
         problem, model, solve, outer_params, inner_batch, outer_batch, state, key = call
         inner = solve(outer_params)
         x_P, x_Q = (problem_inputs("funcid", problem, b, n) for b, n in zip((inner_batch, outer_batch), BATCHES))
@@ -144,10 +147,15 @@ def funcid(adjoint: Adjoint, correction: float = 0.0) -> Estimator:
             check_prediction("funcid", "prediction", v, x, name)
 
         slope, newton_state, newton_metrics, broken = None, (), {}, False
-        if corrected:
-            before = v_P, v_Q
-            v_P, v_Q, slope, newton_state, newton_metrics = newton_step(call, inner.fit, v_P, v_Q, x_P, x_Q)
-            state, broken = state[0], all_finite(before) & ~all_finite(v_P, v_Q)
+        if lengths:
+            state, newton_state = state
+        for beta in lengths:
+            before, call_for_N = (v_P, v_Q), call._replace(state=newton_state)
+            (v_P, v_Q), gradient, newton_state, newton_metrics = newton_step(
+                call_for_N, inner.fit, beta, before, (x_P, x_Q)
+            )
+            slope = gradient if slope is None else slope
+            broken = broken | all_finite(before) & ~all_finite(v_P, v_Q)
         value, aux, g_exp, d = outer_derivatives(problem, outer_params, v_Q, outer_batch)
         gradient, C = inner_derivatives(problem, outer_params, v_P, inner_batch)
         slope = gradient if slope is None else slope
@@ -167,10 +175,32 @@ def funcid(adjoint: Adjoint, correction: float = 0.0) -> Estimator:
             norm = tree_norm(mean(pull(slope if h.head is None else slope @ h.head.T)[0]))
         along_a, squares = mean((tree_vdot(gradient, a_P), jnp.stack([tree_vdot(t, t) for t in (a_P, C(v_P))])))
         metrics = metrics | stationarity(norm, jnp.abs(along_a), jnp.prod(jnp.sqrt(squares))) | aux | newton_metrics
-        new_state = (new_state, newton_state) if corrected else new_state
+        new_state = (new_state, newton_state) if lengths else new_state
         sound = all_finite(value, d) | broken  # what N has broken is not the outer level's fault
         finite = all_finite(a_P, metrics) & stays_finite(call.state, new_state)
         metrics |= {"adjoint_finite": finite | ~sound, "outer_finite": sound}
         return inner, Hypergradient(tree_add_scaled(g_exp, 1.0, g_imp), g_exp, g_imp, value, new_state, metrics)
 
-    return Estimator(init if corrected else adjoint.init, by_call(estimate), functional=True)
+    own = (correction,) if corrected else ()
+
+    def estimate(call: Call) -> tuple[InnerSolution, Hypergradient]:
+        return at(call, own)
+
+    def refine(*arguments: Any) -> tuple[Hypergradient, Hypergradient, Hypergradient, Hypergradient]:
+        call = Call(*arguments)
+        inner, first = at(call, own)
+        state = first.state
+        if not corrected:
+            _, newton_state = init(call.key, call.problem, call.model, inner.fit, call.inner_batch)
+            state = state, newton_state
+        _, again = at(call._replace(state=first.state), own)
+        _, second = at(call._replace(state=state), (*own, 1.0))
+        _, third = at(call._replace(state=second.state), (*own, 1.0, 1.0))
+        return first, again, second, third
+
+    return Estimator(
+        init if corrected else adjoint.init,
+        by_call(estimate),
+        functional=True,
+        refine=None if find_newton is None else refine,
+    )
