@@ -12,6 +12,9 @@ from funcbilevel._cost import CostTable as CostTable
 from funcbilevel._cost import compare_costs as compare_costs
 from funcbilevel._cost import cost as cost
 from funcbilevel._cost import measure_costs as measure_costs
+from funcbilevel._diagnose import Diagnosis as Diagnosis
+from funcbilevel._diagnose import Finding as Finding
+from funcbilevel._diagnose import diagnose as diagnose
 from funcbilevel._draws import Minibatches as Minibatches
 from funcbilevel._draws import Sampler as Sampler
 from funcbilevel._error import HypergradientError as HypergradientError
@@ -69,7 +72,9 @@ __all__ = [
     "CheckedEstimator",
     "Cost",
     "CostTable",
+    "Diagnosis",
     "Estimator",
+    "Finding",
     "FitState",
     "FrozenState",
     "FunctionalProblem",
@@ -94,6 +99,7 @@ __all__ = [
     "check_hypergradient",
     "compare_costs",
     "cost",
+    "diagnose",
     "from_function",
     "from_lineax",
     "from_linen",

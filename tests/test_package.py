@@ -41,7 +41,7 @@ LAYERS = [
     {"_ridge"},
     {"_variable_projection", "_precision"},
 ]
-LOOP = {"_bilevel", "_certify", "_cost", "_error", "_train", "_data", "_history", "_state"}
+LOOP = {"_bilevel", "_certify", "_cost", "_diagnose", "_error", "_train", "_data", "_history", "_state"}
 SHARED = {m for m in SHORT if m.startswith("_estimators._")}  # what several estimators are made of
 SCRIPTS = sorted(path for folder in ("benchmarks", "examples") for path in (ROOT / folder).rglob("*.py"))
 
