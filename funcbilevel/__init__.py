@@ -1,5 +1,6 @@
 """Functional bilevel optimization in JAX."""
 
+from funcbilevel._argmin import argmin as argmin
 from funcbilevel._bilevel import BilevelSolver as BilevelSolver
 from funcbilevel._bilevel import BilevelState as BilevelState
 from funcbilevel._bilevel import bilevel as bilevel
@@ -32,8 +33,12 @@ from funcbilevel._estimators.itd import itd as itd
 from funcbilevel._estimators.learned_adjoint import learned_adjoint as learned_adjoint
 from funcbilevel._estimators.linear_adjoint import linear_adjoint as linear_adjoint
 from funcbilevel._estimators.pointwise_adjoint import pointwise_adjoint as pointwise_adjoint
+from funcbilevel._estimators.prox_aid import prox_aid as prox_aid
 from funcbilevel._estimators.value_penalty import value_penalty as value_penalty
 from funcbilevel._fit import FitState as FitState
+from funcbilevel._implicit import custom_fixed_point as custom_fixed_point
+from funcbilevel._implicit import custom_root as custom_root
+from funcbilevel._implicit import kkt_conditions as kkt_conditions
 from funcbilevel._linear_solvers import LinearSolver as LinearSolver
 from funcbilevel._linear_solvers import cg as cg
 from funcbilevel._linear_solvers import from_lineax as from_lineax
@@ -57,6 +62,10 @@ from funcbilevel._predictor import parametrize as parametrize
 from funcbilevel._predictor import predictor as predictor
 from funcbilevel._problem import FunctionalProblem as FunctionalProblem
 from funcbilevel._problem import ParametricProblem as ParametricProblem
+from funcbilevel._prox import projection_affine as projection_affine
+from funcbilevel._prox import prox_group_lasso as prox_group_lasso
+from funcbilevel._prox import prox_l1 as prox_l1
+from funcbilevel._prox import proximal as proximal
 from funcbilevel._state import state_from_arrays as state_from_arrays
 from funcbilevel._state import state_to_arrays as state_to_arrays
 from funcbilevel._train import NonFiniteError as NonFiniteError
@@ -94,11 +103,14 @@ __all__ = [
     "StopTraining",
     "aid",
     "alternating",
+    "argmin",
     "bilevel",
     "cg",
     "check_hypergradient",
     "compare_costs",
     "cost",
+    "custom_fixed_point",
+    "custom_root",
     "diagnose",
     "from_function",
     "from_lineax",
@@ -112,6 +124,7 @@ __all__ = [
     "hypergradient_error",
     "identity",
     "itd",
+    "kkt_conditions",
     "learned_adjoint",
     "linear_adjoint",
     "measure_costs",
@@ -123,6 +136,11 @@ __all__ = [
     "partition",
     "pointwise_adjoint",
     "predictor",
+    "projection_affine",
+    "prox_aid",
+    "prox_group_lasso",
+    "prox_l1",
+    "proximal",
     "state_from_arrays",
     "state_to_arrays",
     "train",

@@ -15,6 +15,7 @@ from funcbilevel._arguments import (
     check_leading_axis,
     check_number,
     check_optimizer,
+    signature_of,
 )
 from funcbilevel._check import (
     check_estimator_state,
@@ -102,7 +103,7 @@ def hypergradient(
         check_optimizer(name, "inner_optimizer", inner_optimizer)
     elif estimator.unroll:
         raise ValueError(
-            f"{name}: inner_optimizer is None, but {estimator!r} differentiates through its steps; pass the optax "
+            f"{name}: inner_optimizer is None, but fb.{estimator!r} differentiates through its steps; pass the optax "
             "optimizer of the inner level, for example inner_optimizer=optax.sgd(0.1)."
         )
     outer_params = as_float_tree(name, "outer_params", outer_params)
@@ -116,7 +117,10 @@ def hypergradient(
     batch = draw(name, inner_batch, _draw_key(inner_key), estimator.unroll)
     lower = (inner_params, model_state)
     check_parameters(name, problem, model, *lower, batch)
-    check_objectives(name, problem, model, estimator, outer_params, *lower, batch, outer_batch, set())
+    check_objectives(
+        *(name, problem, model, estimator, outer_params, *lower, batch, outer_batch, set()),
+        reached=_takes_outer_params(inner_optimizer),
+    )
     check_uses_parameters(name, problem, model, *lower, batch)
 
     opt_state = () if inner_optimizer is None else inner_optimizer.init(inner_params)
@@ -248,7 +252,8 @@ def bilevel(
         inner_optimizer, outer_optimizer: any optax optimizers (schedules, clipping, weight decay, `MultiSteps`, line
             searches such as `optax.lbfgs()`). The outer one is given `value`, `grad` and `value_fn` too, for those that
             use them: `value_fn` is omega -> L_out after M inner steps at that omega, from this outer step's start, and
-            its derivative the estimator's hypergradient. Each evaluation costs a whole outer step.
+            its derivative the estimator's hypergradient. Each evaluation costs a whole outer step. The inner one
+            is given `outer_params`, for `proximal`.
         inner_steps: M >= 1. All M see `inner_batch`, and so does the hypergradient, unless `inner_batch` is
             `Minibatches` (a batch for each) or a `Sampler` (a fresh draw for each); ITD differentiates through each
             step at its own batch.
@@ -296,8 +301,8 @@ def bilevel(
     check_number(name, "inner_steps", inner_steps)
     if estimator.unroll > inner_steps:
         raise ValueError(
-            f"{name}: inner_steps={inner_steps}, but {estimator!r} differentiates through {estimator.unroll} of them; "
-            "it can only go back through steps that are made. Raise inner_steps, or lower that number."
+            f"{name}: inner_steps={inner_steps}, but fb.{estimator!r} differentiates through {estimator.unroll} of "
+            "them; it can only go back through steps that are made. Raise inner_steps, or lower that number."
         )
     if inner_init is not None:
         check_callable(name, "inner_init", inner_init)
@@ -401,7 +406,8 @@ def bilevel(
         def evaluate(omega: OuterParams) -> tuple[InnerSolution, Hypergradient, OuterParams, ModelState]:
             """The inner solution at omega, the hypergradient as the objectives see omega, and by omega itself."""
             f, outer_model_state, pull_back = seen(omega, state.outer_model_state, batch, outer_key)
-            lower, reached = (before.params, before.model_state), inner_init is not None
+            lower = (before.params, before.model_state)
+            reached = inner_init is not None or _takes_outer_params(inner_optimizer)
             check_objectives("step", problem, model, estimator, f, *lower, batch, outer_batch, told, reached=reached)
             solve = _inner_solve(
                 problem, model, inner_optimizer, estimator.unroll, start, inner_batch, inner_key, inner_steps, f
@@ -480,6 +486,12 @@ def bilevel(
 _DRAW_STREAM, _INIT_STREAM = 0xD7A, 0x1217  # keep these keys apart from those of the inner steps
 
 
+def _takes_outer_params(optimizer: optax.GradientTransformation | None) -> bool:
+    """Whether omega reaches the inner level through the optimizer's steps, as in `proximal`."""
+    signature = None if optimizer is None else signature_of(optimizer.update)
+    return signature is not None and "outer_params" in signature.parameters
+
+
 def _draw_key(inner_key: Key | None) -> Key | None:
     """The key of a `Sampler`'s draws in one outer step."""
     return None if inner_key is None else jax.random.fold_in(inner_key, _DRAW_STREAM)
@@ -517,7 +529,12 @@ def _inner_solve(
             return (value, (aux, model_state)), grad
 
         before = reached.fit
-        result = fit(value_and_grad, optimizer, num_steps, before, key, first_step=first_step, remat=remat)
+        result = fit(
+            *(value_and_grad, optimizer, num_steps, before, key),
+            first_step=first_step,
+            remat=remat,
+            outer_params=outer_params,
+        )
         size_before, size = (tree_norm(jax.lax.stop_gradient(x.params)) for x in (before, result.state))
         diverged = (jnp.abs(result.value) > 1e6 * jnp.abs(result.first)) & (size > 1e3 * (1.0 + size_before))
         return InnerSolution(

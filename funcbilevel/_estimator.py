@@ -11,10 +11,12 @@ from funcbilevel._model import Model
 from funcbilevel._problem import FunctionalProblem
 from funcbilevel._typing import (
     Batch,
+    InnerParams,
     Inputs,
     Key,
     LinearMap,
     Metrics,
+    ModelState,
     OuterParams,
     Prediction,
     PyTree,
@@ -94,6 +96,19 @@ class Estimate(Protocol):
     ) -> tuple[InnerSolution, Hypergradient]: ...
 
 
+class Layer(Protocol):
+    def __call__(
+        self,
+        problem: Any,
+        model: Model | None,
+        outer_params: OuterParams,
+        inner_params: InnerParams,
+        model_state: ModelState,
+        inner_batch: Batch,
+        /,
+    ) -> Any: ...
+
+
 class Call(NamedTuple):
     """The arguments of `Estimate`, in their order."""
 
@@ -141,6 +156,9 @@ class Estimator(NamedTuple):
         description: the call that made it, for `repr`.
         refine: called as `estimate` is, for `hypergradient_error`: the estimate; one with the adjoint refined; and two,
             each after one more Newton step of the inner level and refinement of the adjoint. None: there is none.
+        reaches: whether outer_params may reach the inner solution otherwise than through inner_objective.
+        layer: `(problem, model, outer_params, inner_params, model_state, inner_batch)` -> inner_params, or a
+            `Predictor` where there is a model, with their derivative: what `argmin` gives. None: it has none.
     """
 
     init: EstimatorInit
@@ -150,6 +168,8 @@ class Estimator(NamedTuple):
     implicit: bool = True
     description: str = ""
     refine: Refine | None = None
+    reaches: bool = False
+    layer: Layer | None = None
 
     def __repr__(self) -> str:
         return describe(self)
@@ -207,12 +227,14 @@ class Adjoint(NamedTuple):
             `(system, model, inner, state, key) -> (N(x_P), N(x_Q), state, metrics)`, with system.d = d_v L_in at v_P. N
             minimises 1/2 <N(x_P), C[N(x_P)]> - <N(x_P), system.d>; state is a second one made by `init`. None: no
             correction.
+        linear: whether a(x_P) is linear in d, and differentiable by JAX in all of the system, as an exact solution is.
     """
 
     init: AdjointInit
     fit: AdjointFit
     description: str = ""
     newton: AdjointNewton | None = None
+    linear: bool = False
 
     def __repr__(self) -> str:
         return describe(self)

@@ -1,8 +1,9 @@
-"""Solvers of the linear system A u = b that AID meets, A = d^2_theta L_in + damping * I given by its products."""
+"""Solvers of linear systems A u = b, A given by its products: AID's, A = d^2_theta L_in + damping * I, and others."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import jax
@@ -33,7 +34,7 @@ Preconditioner: TypeAlias = Callable[[LinearMap, PyTree], LinearMap]
 
 
 class LinearSolver(NamedTuple):
-    """An approximate solver of A u = b for a symmetric A.
+    """An approximate solver of A u = b for a symmetric A; for any square A, if it has `solve_general`.
 
     Attributes:
         solve: `(matvec, rhs, initial) -> solution`; all but `matvec` (A as a function) are pytrees like inner_params
@@ -42,11 +43,14 @@ class LinearSolver(NamedTuple):
             at least, and `rhs` is scaled to a size near one, so that no inner product under- or overflows.
         damping: delta >= 0, added to the diagonal before `solve` sees the matrix.
         description: the call that made it, for `repr`.
+        solve_general: `(matvec, rhs) -> solution` for an A that need not be symmetric, from zero; None: the solver is
+            for symmetric A alone.
     """
 
     solve: Callable[[LinearMap, PyTree, PyTree | None], PyTree]
     damping: float = 0.0
     description: str = ""
+    solve_general: Callable[[LinearMap, PyTree], PyTree] | None = None
 
     def __repr__(self) -> str:
         return describe(self)
@@ -172,9 +176,10 @@ def _nystrom_preconditioner(matvec: LinearMap, like: PyTree, rank: int, damping:
 
 @described
 def normal_cg(num_steps: int, damping: float = 0.0, rtol: float = 0.0) -> LinearSolver:
-    """Conjugate gradients on the normal equations A A u = A b: two Hessian products per step.
+    """Conjugate gradients on the normal equations A' A u = A' b: two Hessian products per step.
 
-    For an indefinite Hessian, where `cg` may break down. The condition number is squared.
+    For an indefinite Hessian, where `cg` may break down, and for an A that is not symmetric. The condition number is
+    squared.
 
     Arguments:
         num_steps: largest number of steps K >= 1.
@@ -192,17 +197,22 @@ def normal_cg(num_steps: int, damping: float = 0.0, rtol: float = 0.0) -> Linear
     def solve(matvec: LinearMap, rhs: PyTree, initial: PyTree | None) -> PyTree:
         return conjugate_gradients(lambda u: matvec(matvec(u)), matvec(rhs), initial, num_steps, rtol, power=2)
 
-    return LinearSolver(solve, damping)
+    def solve_general(matvec: LinearMap, rhs: PyTree) -> PyTree:
+        transpose = jax.linear_transpose(matvec, rhs)
+        return conjugate_gradients(lambda u: transpose(matvec(u))[0], transpose(rhs)[0], None, num_steps, rtol, power=2)
+
+    return LinearSolver(solve, damping, solve_general=solve_general)
 
 
 @described
-def gmres(num_steps: int, damping: float = 0.0, rtol: float = 0.0) -> LinearSolver:
-    """GMRES without restart: one Hessian product per step, and a Krylov basis of `num_steps` vectors in memory.
+def gmres(num_steps: int, damping: float = 0.0, rtol: float = 0.0, max_restarts: int = 0) -> LinearSolver:
+    """GMRES: one Hessian product per step, and a Krylov basis of `num_steps` vectors in memory.
 
     Arguments:
         num_steps: size K >= 1 of the Krylov space.
         damping: delta >= 0, added to the Hessian's diagonal.
         rtol: stops before `num_steps` once the relative residual is at most this (or is rounding error).
+        max_restarts: how often it may begin anew from what it has, where K steps were not enough.
 
     Raises:
         ValueError: an argument is out of range.
@@ -214,15 +224,16 @@ def gmres(num_steps: int, damping: float = 0.0, rtol: float = 0.0) -> LinearSolv
         Saad and Schultz, 1986. The loop is `jax.scipy.sparse.linalg.gmres`.
     """
     _check("gmres", num_steps, damping, rtol)
+    check_number("gmres", "max_restarts", max_restarts, 0)
 
-    def solve(matvec: LinearMap, rhs: PyTree, initial: PyTree | None) -> PyTree:
-        tol = max(rtol, _rounding(rhs))
+    def solve(matvec: LinearMap, rhs: PyTree, initial: PyTree | None = None) -> PyTree:
+        tol, runs = max(rtol, _rounding(rhs)), 1 + max_restarts
         solution, _ = sparse.gmres(
-            matvec, rhs, initial, tol=tol, restart=num_steps, maxiter=1, solve_method="incremental"
+            matvec, rhs, initial, tol=tol, restart=num_steps, maxiter=runs, solve_method="incremental"
         )
         return solution
 
-    return LinearSolver(solve, damping)
+    return LinearSolver(solve, damping, solve_general=solve)
 
 
 @described
@@ -253,7 +264,7 @@ def neumann(num_steps: int, step_size: float, damping: float = 0.0) -> LinearSol
         del initial
         return _richardson(matvec, rhs, _scaled(rhs, step_size), num_steps, step_size)
 
-    return LinearSolver(solve, damping)
+    return LinearSolver(solve, damping, solve_general=lambda matvec, rhs: solve(matvec, rhs, None))
 
 
 @described
@@ -283,7 +294,7 @@ def gradient_descent(num_steps: int, step_size: float, damping: float = 0.0) -> 
             return _richardson(matvec, rhs, _scaled(rhs, step_size), num_steps - 1, step_size)
         return _richardson(matvec, rhs, initial, num_steps, step_size)
 
-    return LinearSolver(solve, damping)
+    return LinearSolver(solve, damping, solve_general=lambda matvec, rhs: solve(matvec, rhs, None))
 
 
 @described
@@ -296,12 +307,15 @@ def identity() -> LinearSolver:
     References:
         Luketina, Berglund, Greff, Raiko, ICML 2016, https://arxiv.org/abs/1511.06727
     """
-    return LinearSolver(lambda matvec, rhs, initial: rhs)
+    return LinearSolver(lambda matvec, rhs, initial: rhs, solve_general=lambda matvec, rhs: rhs)
 
 
 @described
 def from_lineax(solver: lineax.AbstractLinearSolver[Any], damping: float = 0.0) -> LinearSolver:
-    """Any lineax solver, for example `lineax.GMRES(rtol, atol)`; the operator is tagged positive semidefinite.
+    """Any lineax solver, for example `lineax.GMRES(rtol, atol)`.
+
+    AID's operator is tagged positive semidefinite. An implicit layer's is only for the solvers that demand it,
+    `lineax.CG` and `lineax.Cholesky`: with those its matrix must be symmetric.
 
     Arguments:
         solver: the lineax solver object. `fb.aid` accepts it bare, too; this function adds damping.
@@ -321,25 +335,25 @@ def from_lineax(solver: lineax.AbstractLinearSolver[Any], damping: float = 0.0) 
     if not isinstance(solver, lineax.AbstractLinearSolver):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"from_lineax: solver must be a lineax solver object, got {type(solver).__name__} {solver!r}.")
 
-    def solve(matvec: LinearMap, rhs: PyTree, initial: PyTree | None) -> PyTree:
-        operator = lineax.FunctionLinearOperator(
-            matvec, jax.eval_shape(lambda: rhs), tags=lineax.positive_semidefinite_tag
-        )
+    def solve_tagged(tags: Any, matvec: LinearMap, rhs: PyTree, initial: PyTree | None = None) -> PyTree:
+        operator = lineax.FunctionLinearOperator(matvec, jax.eval_shape(lambda: rhs), tags=tags)
         # throw=False: a failed solve shows in the metrics and cannot stop a compiled loop.
         options = {} if initial is None else {"y0": initial}
         return lineax.linear_solve(operator, rhs, solver, options=options, throw=False).value
 
-    return LinearSolver(solve, damping)
+    solve = partial(solve_tagged, lineax.positive_semidefinite_tag)
+    demands_tag = isinstance(solver, (lineax.CG, lineax.Cholesky))
+    return LinearSolver(solve, damping, solve_general=None if demands_tag else partial(solve_tagged, ()))
 
 
-def as_linear_solver(solver: Any) -> LinearSolver:
+def as_linear_solver(solver: Any, function: str = "aid") -> LinearSolver:
     """`solver`, or a bare lineax solver made into a `LinearSolver`."""
     if isinstance(solver, LinearSolver):
         return solver
     if any(cls.__module__.partition(".")[0] == "lineax" for cls in type(solver).__mro__):
         return from_lineax(solver)
     raise TypeError(
-        f"aid: linear_solver must be one of fb.cg, fb.normal_cg, fb.gmres, fb.neumann, fb.gradient_descent, "
+        f"{function}: linear_solver must be one of fb.cg, fb.normal_cg, fb.gmres, fb.neumann, fb.gradient_descent, "
         f"fb.identity (called with their arguments) or a lineax solver object, got {solver!r}."
     )
 
@@ -366,6 +380,32 @@ def solve_linear(
     metrics = linear_metrics(tree_add_scaled(Au, solver.damping, u), b, u, rhs)
     u = nan_unless(~jnp.isnan(metrics["linear_residual"]), tree_scaled(u, size))
     return u, metrics, curvature
+
+
+def solve_implicit(solver: LinearSolver, matvec: LinearMap, rhs: PyTree) -> PyTree:
+    """The solution of (A + damping) u = b, differentiable in A and b in both modes and as often as one likes.
+
+    As of the exact solution: each derivative is another solve, in reverse mode with the transpose of A. A solver for
+    symmetric A gets -A where A is negative along b. NaN, where A or b holds NaN.
+    """
+
+    def solve(matvec: LinearMap, rhs: PyTree) -> PyTree:
+        size = tree_size(rhs)
+        A = in_working_dtype(matvec, rhs)
+        b = tree_scaled(tree_cast(rhs, working_dtype(rhs)), 1.0 / size)
+        product = tree_vdot(b, A(b))
+        sign = jnp.where(product < 0, -1.0, 1.0) if solver.solve_general is None else 1.0
+
+        def damped(u: PyTree) -> PyTree:
+            return tree_add_scaled(_scaled(A(u), sign), solver.damping, u)
+
+        if solver.solve_general is None:
+            u = solver.solve(damped, _scaled(b, sign), None)
+        else:
+            u = solver.solve_general(damped, b)
+        return tree_cast(nan_unless(~jnp.isnan(product), tree_scaled(u, size)), rhs)
+
+    return jax.lax.custom_linear_solve(matvec, rhs, solve, solve, symmetric=solver.solve_general is None)
 
 
 def in_working_dtype(f: LinearMap, like: PyTree) -> LinearMap:
@@ -523,7 +563,7 @@ def _rounding(tree: PyTree) -> float:
     return 8.0 * float(jnp.finfo(working_dtype(tree)).eps)
 
 
-def _scaled(tree: PyTree, scale: float) -> PyTree:
+def _scaled(tree: PyTree, scale: Any) -> PyTree:
     return jax.tree.map(lambda x: jnp.asarray(scale, x.dtype) * x, tree)
 
 

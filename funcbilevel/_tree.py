@@ -116,7 +116,7 @@ def stays_finite(before: PyTree, after: PyTree) -> jax.Array:
 METRICS = (
     *("inner_objective", "outer_objective", "hypergradient_norm", "explicit_norm", "implicit_norm"),
     *("inner_finite", "adjoint_finite", "outer_finite", "inner_gradient_norm", "inner_gradient_relative"),
-    *("linear_residual", "linear_converged", "linear_curvature"),
+    *("linear_residual", "linear_converged", "linear_curvature", "active_set_size", "strict_complementarity"),
     *("adjoint_objective", "adjoint_inputs_match", "adjoint_inconsistent", "penalty_objective"),
     *("newton_residual", "newton_objective"),
 )

@@ -483,7 +483,7 @@ CASES: dict[str, Case] = {
         ValueError,
         "inner_optimizer",
         "is None",
-        "itd(2) differentiates through its steps",
+        r"fb.itd\(2\) differentiates through its steps",
         "inner_optimizer=optax.sgd",
         ("hypergradient",),
     ),

@@ -87,13 +87,12 @@ def test_a_reference_that_has_not_converged(x64):
 def test_a_given_reference_and_one_step(x64):
     case = build("least-squares")
     estimators = {"aid": fb.aid(fb.cg(50)), "alternating": fb.alternating()}
-    with pytest.warns(UserWarning, match="alternating"):
-        result = check(case, estimators, inner_steps=1, reference=case.exact.gradient)
+    result = check(case, estimators, inner_steps=1, reference=case.exact.gradient)
     assert result.converged
     assert "as given" in str(result)
     assert result.rows[0].relative_error < 1e-8
-    assert result.rows[1].relative_error == 1.0
-    assert result.rows[1].norm_ratio == 0.0
+    assert result.rows[1].relative_error > 0.1
+    assert result.rows[1].explicit_share == 1.0
     with pytest.raises(ValueError, match="reference"):
         check(case, estimators, reference={"mix": jnp.zeros((2, 2))})
     with pytest.raises(ValueError, match="estimators"):

@@ -230,6 +230,7 @@ METHODS: dict[str, Method] = {
     "aid-lineax-lu": Method(lambda c: fb.aid(lineax.LU()), 1e-8, applies=invertible),
     "aid-lineax-cholesky": Method(lambda c: fb.aid(lineax.Cholesky()), 1e-8, applies=invertible),
     "aid-lineax-damped": Method(lambda c: fb.aid(fb.from_lineax(lineax.Cholesky(), DAMPING)), 1e-8, damped),
+    "prox-aid": Method(lambda c: fb.prox_aid(fb.cg(100), lambda theta, omega, step_size: theta), 1e-6),
     "itd": Method(lambda c: fb.itd(UNROLLED), 1e-6, truncated),
     "itd-forward": Method(lambda c: fb.itd(UNROLLED, mode="forward"), 1e-6, truncated),
     "itd-remat": Method(lambda c: fb.itd(UNROLLED, remat=True), 1e-6, truncated),

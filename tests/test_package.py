@@ -35,10 +35,13 @@ LAYERS = [
     {"_model"},
     {"_partition", "_draws"},
     {"_problem", "_fit"},
+    {"_projection"},
+    {"_predictor"},
     {"_estimator"},
     {"_check"},
     {"_linear_solvers", "_features"},
-    {"_ridge"},
+    {"_implicit", "_ridge"},
+    {"_argmin", "_prox"},
     {"_variable_projection", "_precision"},
 ]
 LOOP = {"_bilevel", "_certify", "_cost", "_diagnose", "_error", "_train", "_data", "_history", "_state"}
@@ -214,10 +217,17 @@ def gradient_descent(num_steps, step_size): ...
 def identity(): ...
 
 
+# Implicit layers.
+def custom_root(optimality, *, linear_solver=..., has_aux=False): ...
+def custom_fixed_point(fixed_point, *, linear_solver=..., has_aux=False): ...
+def argmin(problem, model, estimator): ...
+
+
 CONTRACT = [
     *(FunctionalProblem, ParametricProblem, parametrize, from_function, from_linen, from_nnx),
     *(funcid, learned_adjoint, linear_adjoint, pointwise_adjoint, aid, cg, neumann, itd, alternating),
     *(hypergradient, bilevel, train, normal_cg, gmres, gradient_descent, identity),
+    *(custom_root, custom_fixed_point, argmin),
 ]
 
 

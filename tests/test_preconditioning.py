@@ -61,7 +61,8 @@ def test_half_the_products_of_plain_conjugate_gradients(x64, build, dtype):
     ours = error(fb.nystrom_cg(matrix.steps, matrix.rank, 0.0), matrix, dtype)
     plain = error(fb.cg(2 * products), matrix, dtype)
     print(build.__name__, dtype.__name__, eigenvalues[-1] / eigenvalues[0], products, ours, plain)
-    assert ours < 1e-3
+    # The condition number times the machine epsilon is what float32 leaves of a solution.
+    assert ours < (1e-3 if dtype == jnp.float64 else 2e-2)
     assert ours < plain
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
+from funcbilevel._argmin import root_layer
 from funcbilevel._arguments import check_correction
 from funcbilevel._check import warn_of_ignored
 from funcbilevel._described import described
@@ -145,4 +146,5 @@ def aid(
         _, third = at(call, (*own, 1.0, 1.0), second.state)
         return first, again, second, third
 
-    return Estimator(init, by_call(estimate), refine=refine)
+    layer = None if corrected else root_layer(solver)
+    return Estimator(init, by_call(estimate), refine=refine, layer=layer)

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from funcbilevel._argmin import function_layer
 from funcbilevel._arguments import check_correction
 from funcbilevel._check import check_prediction, problem_inputs
 from funcbilevel._described import described
@@ -203,4 +204,5 @@ def funcid(adjoint: Adjoint, correction: float = 0.0) -> Estimator:
         by_call(estimate),
         functional=True,
         refine=None if find_newton is None else refine,
+        layer=None if corrected else function_layer(adjoint),
     )

@@ -73,4 +73,4 @@ def linear_adjoint(features: Features, ridge: float = 0.0, num_steps: int = 500)
         N_P, N_Q = (jax.tree.map(lambda W, phi=phi: jnp.tensordot(phi, W, 1), W) for phi in (phi_P, phi_Q))
         return N_P, N_Q, state, {"newton_residual": metrics["linear_residual"]}
 
-    return Adjoint(no_state, fit, newton=newton)
+    return Adjoint(no_state, fit, newton=newton, linear=True)

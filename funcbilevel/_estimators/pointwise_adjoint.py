@@ -75,7 +75,7 @@ def pointwise_adjoint() -> Adjoint:
         residual = linear_metrics(rescaled(C, g)(N), rhs, N, g)["linear_residual"]
         return N, N, state, {"newton_residual": residual}
 
-    return Adjoint(no_state, fit, newton=newton)
+    return Adjoint(no_state, fit, newton=newton, linear=True)
 
 
 def _check_inputs(x_P: Inputs, x_Q: Inputs) -> None:
