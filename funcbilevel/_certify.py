@@ -220,7 +220,7 @@ def check_hypergradient(
             return _array(ravel_pytree(tree)[0]) if directions is None else directions @ _array(ravel_pytree(tree)[0])
 
         at = {n: (s.inner_params, s.model_state, inner_batch, outer_batch) for n, s in points.items()}
-        executable = jax.jit(estimate).lower(*at["solved"]).compile()
+        executable: Any = jax.jit(estimate).lower(*at["solved"]).compile()
         results = {n: jax.block_until_ready(executable(*arguments)) for n, arguments in at.items()}
         times: list[float] = []
         for _ in range(5):

@@ -19,6 +19,11 @@ from funcbilevel._tree import tree_add_scaled, tree_cast, tree_norm, working_dty
 from funcbilevel._typing import Batch, LinearMap, PyTree
 
 STEPS = 30  # of Lanczos and of conjugate gradients
+ORDER = (
+    *("inner_gradient_relative", "inner_error_relative", "adjoint_error_relative"),
+    *("prediction_curvature_min", "prediction_curvature_max", "parameter_curvature_min", "parameter_curvature_max"),
+    *("outer_uncovered", "effective_samples"),
+)
 
 
 class Finding(NamedTuple):
@@ -117,7 +122,8 @@ def diagnose(solver: BilevelSolver, state: BilevelState, inner_batch: Batch, out
         )
     batch = draw("diagnose", inner_batch, state.key, _LAST)
     measured = jax.jit(lambda *arguments: _measure(setup, *arguments))(state, batch, outer_batch)
-    return Diagnosis(tuple(_advised({name: float(value) for name, value in measured.items()})))
+    found = {name: float(measured[name]) for name in ORDER if name in measured}
+    return Diagnosis(tuple(Finding(name, value, _advice(name, value, found)) for name, value in found.items()))
 
 
 _LAST = 2**31 - 1  # of stacked batches the last
@@ -131,6 +137,8 @@ def _measure(setup: Setup, state: BilevelState, inner_batch: Batch, outer_batch:
     g, H = inner_derivatives(parametric, omega, theta, inner_batch)
     norm, terms = tree_norm(g), tree_norm(g) + tree_norm(H(theta))
     found = {"inner_gradient_relative": norm / jnp.where(terms > 0, terms, 1.0)}
+    low, high = _extreme_eigenvalues(H, theta)
+    found |= {"parameter_curvature_min": low, "parameter_curvature_max": high}
     if isinstance(problem, FunctionalProblem):
         assert model is not None
         h = predictor(problem, model, omega, theta, inner_batch, model_state)
@@ -139,10 +147,6 @@ def _measure(setup: Setup, state: BilevelState, inner_batch: Batch, outer_batch:
         low, high = _extreme_eigenvalues(C, v_P)
         n = jax.tree.leaves(v_P)[0].shape[0]
         found |= {"prediction_curvature_min": n * low, "prediction_curvature_max": n * high}
-    low, high = _extreme_eigenvalues(H, theta)
-    found |= {"parameter_curvature_min": low, "parameter_curvature_max": high}
-    if isinstance(problem, FunctionalProblem):
-        assert model is not None
         _, _, _, d = outer_derivatives(problem, omega, v_Q, outer_batch)
         params = (theta, h.head)
 
@@ -204,11 +208,11 @@ def _extreme_eigenvalues(matvec: LinearMap, like: PyTree) -> tuple[jax.Array, ja
 
     empty = jnp.zeros((steps, zero.size), zero.dtype)
     (basis, products, _), _ = jax.lax.scan(step, (empty, empty, q / jnp.linalg.norm(q)), jnp.arange(steps))
-    T = products @ basis.T
+    projected = products @ basis.T
     used = jnp.sum(basis**2, axis=1) > 0.5
-    middle = T[0, 0]  # a Ritz value's place, between the extremes, for the rows that are not used
-    T = jnp.where(used[:, None] & used[None, :], 0.5 * (T + T.T), jnp.diag(jnp.full(steps, middle)))
-    ritz = jnp.linalg.eigvalsh(T)
+    unused = jnp.diag(jnp.full(steps, projected[0, 0]))  # between the extremes, for the rows that are not used
+    symmetric = 0.5 * (projected + projected.T)
+    ritz = jnp.linalg.eigvalsh(jnp.where(used[:, None] & used[None, :], symmetric, unused))
     return ritz[0], ritz[-1]
 
 
@@ -228,10 +232,6 @@ def _coverage(inner: Any, outer: Any, params: PyTree, d: PyTree) -> tuple[jax.Ar
     weights = jnp.sqrt(rows)
     squares = jnp.sum(weights**2)
     return uncovered, jnp.sum(weights) ** 2 / (jnp.where(squares > 0, squares, 1.0) * weights.size)
-
-
-def _advised(found: dict[str, float]) -> list[Finding]:
-    return [Finding(name, value, _advice(name, value, found)) for name, value in found.items()]
 
 
 def _advice(name: str, value: float, found: dict[str, float]) -> str:

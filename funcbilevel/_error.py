@@ -64,7 +64,7 @@ def hypergradient_error(
     adjoint, a batch that is not the population, and, for `aid`, a Hessian that is singular where the outer derivative
     is not zero. Where q is 0.9 the rounds do not converge, and the estimate is only an order of magnitude.
 
-    It costs about seven hypergradients. Call it now and then, at the state of a solver, not in the loop.
+    It costs about eight hypergradients. Call it now and then, at the state of a solver, not in the loop.
 
     Arguments:
         problem, model, outer_params, inner_params, inner_batch, outer_batch, model_state, key: as in `hypergradient`.

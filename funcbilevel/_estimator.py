@@ -154,8 +154,8 @@ class Estimator(NamedTuple):
         functional: whether it needs a `FunctionalProblem`.
         implicit: whether it estimates the implicit part, so that inner_objective has to depend on outer_params.
         description: the call that made it, for `repr`.
-        refine: called as `estimate` is, for `hypergradient_error`: the estimate; one with the adjoint refined; and two,
-            each after one more Newton step of the inner level and refinement of the adjoint. None: there is none.
+        refine: called as `estimate` is, for `hypergradient_error`: the estimate; that with its adjoint refined twice;
+            and two, each after one more Newton step of the inner level and refinement of the adjoint. None: without.
         reaches: whether outer_params may reach the inner solution otherwise than through inner_objective.
         layer: `(problem, model, outer_params, inner_params, model_state, inner_batch)` -> inner_params, or a
             `Predictor` where there is a model, with their derivative: what `argmin` gives. None: it has none.

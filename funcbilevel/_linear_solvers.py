@@ -151,11 +151,11 @@ def _nystrom_preconditioner(matvec: LinearMap, like: PyTree, rank: int, damping:
     size, eps = zero.size, jnp.finfo(zero.dtype).eps
     directions = jax.random.normal(jax.random.key(0), (size, min(rank, size)), zero.dtype)
     Omega, _ = jnp.linalg.qr(directions)  # [m, r]
-    Y = jax.vmap(lambda t: ravel_pytree(matvec(unravel(t)))[0], in_axes=1, out_axes=1)(Omega)
-    Y = jax.lax.stop_gradient(Y) - damping * Omega
+    products = jax.vmap(lambda t: ravel_pytree(matvec(unravel(t)))[0], in_axes=1, out_axes=1)(Omega)
+    H_Omega = jax.lax.stop_gradient(products) - damping * Omega
     # H + shift I instead of H, so that what rounding makes of its zero eigenvalues stays positive.
-    shift = eps * jnp.linalg.norm(Y)
-    Y = Y + shift * Omega
+    shift = eps * jnp.linalg.norm(H_Omega)
+    Y = H_Omega + shift * Omega
     core, V = jnp.linalg.eigh(0.5 * (Omega.T @ Y + Y.T @ Omega))
     kept = core > 0.5 * shift
     B = Y @ (V * jnp.where(kept, jax.lax.rsqrt(jnp.where(kept, core, 1.0)), 0.0)[None])  # H_hat = B B'

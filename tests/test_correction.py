@@ -86,7 +86,17 @@ def gradients(case: Case, estimators: list[fb.Estimator], errors: tuple[float, .
     return [[jax.tree.map(lambda x, i=i: x[i], g) for i in range(len(errors))] for g in stacked]
 
 
-@pytest.mark.parametrize(("method", "name"), TABLE)
+FAST = {
+    *(("pointwise", "cosh"), ("linear", "pytree"), ("learned", "shifted"), ("linear", "softmax")),
+    *(("aid", "logistic-ridge"), ("pointwise", "softmax-table"), ("linear", "least-squares")),
+}
+MARKED = [
+    pytest.param(method, name, marks=() if (method.__name__, name) in FAST else pytest.mark.slow)
+    for method, name in TABLE
+]
+
+
+@pytest.mark.parametrize(("method", "name"), MARKED)
 def test_second_order_and_its_own_error_estimate(x64, method, name):
     case = case_of(name)
     published, corrected = gradients(case, [method(case, 0.0), method(case, 1.0)], ERRORS)

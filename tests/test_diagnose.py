@@ -22,6 +22,10 @@ def solver_at(
     return solver, jax.jit(solver.init)(jax.random.key(0), case.outer_params, case.inner_batch, theta)
 
 
+def advice(diagnosis: fb.Diagnosis) -> str:
+    return " ".join(row.advice for row in diagnosis.rows)
+
+
 def test_numbers_at_a_solution(x64):
     case = build("least-squares")
     solver, state = solver_at(case, fb.funcid(fb.linear_adjoint(case.features)))
@@ -38,11 +42,10 @@ def test_numbers_at_a_solution(x64):
     assert 0.1 < values["effective_samples"] <= 1.0
     assert values["inner_error_relative"] < 1e-10
     assert values["adjoint_error_relative"] < 1e-10
-    text = str(diagnosis)
-    assert repr(diagnosis) == text
-    assert [row.name for row in diagnosis.rows] == list(values)
-    assert "The inner level is at its solution." in text
-    assert "starved" not in text
+    assert repr(diagnosis) == str(diagnosis)
+    assert [line.split()[0] for line in str(diagnosis).splitlines() if not line.startswith(" ")] == list(values)
+    assert "The inner level is at its solution." in advice(diagnosis)
+    assert "starved" not in advice(diagnosis)
 
 
 def test_which_level_is_starved(x64):
@@ -51,17 +54,17 @@ def test_which_level_is_starved(x64):
     solver, state = solver_at(case, fb.aid(fb.cg(50)), off)
     inner = fb.diagnose(solver, state, case.inner_batch, case.outer_batch)
     assert inner.values["inner_gradient_relative"] > 1e-2
-    assert "raise inner_steps, or use correction=1.0. It is the starved one." in str(inner)
+    assert "raise inner_steps, or use correction=1.0. It is the starved one." in advice(inner)
     solver, state = solver_at(case, fb.aid(fb.cg(1)))
     adjoint = fb.diagnose(solver, state, case.inner_batch, case.outer_batch)
-    assert "give it more steps, or less damping. It is the starved one." in str(adjoint)
+    assert "give it more steps, or less damping. It is the starved one." in advice(adjoint)
 
 
 def test_a_network_that_interpolates(x64):
     """More parameters than samples: the Hessian is singular, and FuncID is what is left."""
     case = build("network")
     solver, state = solver_at(case, fb.funcid(fb.pointwise_adjoint()))
-    text = str(fb.diagnose(solver, state, case.inner_batch, case.outer_batch))
+    text = advice(fb.diagnose(solver, state, case.inner_batch, case.outer_batch))
     assert "H is singular to rounding" in text
     assert "L_in is strongly convex in the prediction" in text
 
@@ -102,7 +105,7 @@ def test_no_overlap_a_head_and_an_indefinite_hessian(x64):
     solver = fb.bilevel(saddle, None, fb.aid(fb.cg(3)), inner_optimizer=optax.sgd(0.1), outer_optimizer=optax.sgd(0.1))
     diagnosis = fb.diagnose(solver, solver.init(jax.random.key(0), 1.0, None, jnp.ones(2)), None, None)
     np.testing.assert_allclose(diagnosis.values["parameter_curvature_min"], -2.0)
-    assert "H is indefinite here" in str(diagnosis)
+    assert "H is indefinite here" in advice(diagnosis)
 
 
 def test_bad_input():

@@ -141,7 +141,7 @@ def aid(
     def refine(*arguments: Any) -> tuple[Hypergradient, Hypergradient, Hypergradient, Hypergradient]:
         call = Call(*arguments)
         _, first = at(call, own)
-        _, again = at(call, own, first.state)
+        _, again = at(call, own, at(call, own, first.state)[1].state)
         _, second = at(call, (*own, 1.0), first.state)
         _, third = at(call, (*own, 1.0, 1.0), second.state)
         return first, again, second, third

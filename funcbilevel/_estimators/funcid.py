@@ -194,7 +194,7 @@ def funcid(adjoint: Adjoint, correction: float = 0.0) -> Estimator:
         if not corrected:
             _, newton_state = init(call.key, call.problem, call.model, inner.fit, call.inner_batch)
             state = state, newton_state
-        _, again = at(call._replace(state=first.state), own)
+        _, again = at(call._replace(state=at(call._replace(state=first.state), own)[1].state), own)
         _, second = at(call._replace(state=state), (*own, 1.0))
         _, third = at(call._replace(state=second.state), (*own, 1.0, 1.0))
         return first, again, second, third

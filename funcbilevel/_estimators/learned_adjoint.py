@@ -168,11 +168,11 @@ def learned_adjoint(
             return (0.5 * tree_vdot(N_P, CN) - tree_vdot(N_P, g), ({}, model_state)), mean(grad)
 
         state, _, value, _ = fit(value_and_grad, optimizer, num_steps, state, None)
-        N_P, N_Q = (apply(state.params, state.model_state, x) for x in (x_P, x_Q))
+        on_P, on_Q = (apply(state.params, state.model_state, x) for x in (x_P, x_Q))
         # The best multiple: a network that knows nothing yet is no step, and none leads uphill.
-        along, curved = mean((tree_vdot(N_P, g), tree_vdot(N_P, C(N_P))))
+        along, curved = mean((tree_vdot(on_P, g), tree_vdot(on_P, C(on_P))))
         best = jnp.where(curved > 0, along / jnp.where(curved > 0, curved, 1.0), 0.0)
-        N_P, N_Q = (jax.tree.map(lambda x: best.astype(x.dtype) * x, N) for N in (N_P, N_Q))
+        N_P, N_Q = (jax.tree.map(lambda x: best.astype(x.dtype) * x, N) for N in (on_P, on_Q))
         return N_P, N_Q, state if warm_start else (), {"newton_objective": value}
 
     return Adjoint(init, fit_adjoint, newton=fit_newton)
