@@ -182,6 +182,10 @@ def linear(case: Case, ridge: float = 0.0) -> fb.Estimator:
     return fb.funcid(fb.linear_adjoint(case.features, ridge))
 
 
+def corrected(case: Case) -> fb.Estimator:
+    return fb.funcid(fb.linear_adjoint(case.features), correction=1.0)  # see test_correction.py for off the solution
+
+
 def learned(num_steps: int, warm_start: bool = True) -> fb.Estimator:
     optimizer = optax.adam(optax.cosine_decay_schedule(3e-2, num_steps))
     return fb.funcid(fb.learned_adjoint(optimizer, num_steps, warm_start=warm_start))
@@ -218,8 +222,10 @@ METHODS: dict[str, Method] = {
     "funcid-linear": Method(linear, 1e-8, applies=functional),
     "funcid-linear-ridge": Method(lambda c: linear(c, DAMPING), 1e-8, damped, linear_class),
     "funcid-pointwise": Method(lambda c: fb.funcid(fb.pointwise_adjoint()), 1e-8, applies=interpolated),
+    "funcid-linear-corrected": Method(corrected, 1e-8, applies=functional),
     "funcid-learned": Method(lambda c: learned(1000), 2e-2, applies=functional),
     "aid-cg": Method(lambda c: fb.aid(fb.cg(100)), 1e-6),
+    "aid-nystrom-cg": Method(lambda c: fb.aid(fb.nystrom_cg(100, rank=3, damping=0.0)), 1e-6),
     "aid-normal-cg": Method(lambda c: fb.aid(fb.normal_cg(200)), 1e-6),
     "aid-gmres": Method(lambda c: fb.aid(fb.gmres(30)), 1e-6),
     "aid-neumann": Method(neumann, 1e-6),
