@@ -161,7 +161,7 @@ def check_hypergradient(
         made = bilevel(
             problem,
             model,
-            Estimator(no_state, by_call(_value_alone)),
+            Estimator(no_state, by_call(_value_alone), description="the reference"),
             inner_optimizer=inner_optimizer,
             outer_optimizer=optax.set_to_zero(),
             inner_steps=steps,

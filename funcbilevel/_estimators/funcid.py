@@ -189,14 +189,20 @@ def funcid(adjoint: Adjoint, correction: float = 0.0) -> Estimator:
 
     def refine(*arguments: Any) -> tuple[Hypergradient, Hypergradient, Hypergradient, Hypergradient]:
         call = Call(*arguments)
+
+        def on(state: PyTree, lengths: tuple[float, ...], i: int) -> Hypergradient:
+            """With a key of its own: fits that start anew at every call then differ by as much as they are wrong."""
+            return at(call._replace(state=state, key=None if call.key is None else keys[i]), lengths)[1]
+
+        keys = () if call.key is None else jax.random.split(call.key, 4)
         inner, first = at(call, own)
         state = first.state
         if not corrected:
             _, newton_state = init(call.key, call.problem, call.model, inner.fit, call.inner_batch)
             state = state, newton_state
-        _, again = at(call._replace(state=at(call._replace(state=first.state), own)[1].state), own)
-        _, second = at(call._replace(state=state), (*own, 1.0))
-        _, third = at(call._replace(state=second.state), (*own, 1.0, 1.0))
+        again = on(on(first.state, own, 0).state, own, 1)
+        second = on(state, (*own, 1.0), 2)
+        third = on(second.state, (*own, 1.0, 1.0), 3)
         return first, again, second, third
 
     return Estimator(
