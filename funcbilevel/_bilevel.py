@@ -12,7 +12,6 @@ from funcbilevel._arguments import (
     as_float_tree,
     check_callable,
     check_key,
-    check_leading_axis,
     check_number,
     check_optimizer,
     signature_of,
@@ -33,13 +32,13 @@ from funcbilevel._check import (
 )
 from funcbilevel._data import Form, batch_form
 from funcbilevel._described import describe, described, fields_that_differ
-from funcbilevel._draws import Minibatches, Sampler, check_draws, draw
+from funcbilevel._draws import FiniteSum, Minibatches, Sampler, check_draws, draw, placed, run_steps
 from funcbilevel._estimator import Estimator, Hypergradient, InnerSolution, InnerSolve
 from funcbilevel._fit import FitState, fit
 from funcbilevel._model import Model
 from funcbilevel._predictor import training_value_and_grad
-from funcbilevel._problem import FunctionalProblem, Problem, mean_over_devices
-from funcbilevel._tree import all_finite, stays_finite, tree_add_scaled, tree_norm, tree_where
+from funcbilevel._problem import FunctionalProblem, Problem, mean_over_devices, reduce_over_devices
+from funcbilevel._tree import all_finite, own_buffer, stays_finite, tree_add_scaled, tree_norm, tree_where
 from funcbilevel._typing import Batch, InnerParams, Key, Metrics, ModelState, OuterParams, PyTree
 
 
@@ -136,7 +135,7 @@ def hypergradient(
         "inner_finite": all_finite(inner.fit.params, inner.fit.model_state) & ~inner.diverged,
         "outer_finite": _outer_finite(result, outer_params, result.gradient),
     }
-    metrics = _reduce(problem, metrics)
+    metrics = reduce_over_devices(problem, metrics)
     warn_of_assumptions(name, metrics)
     return result._replace(metrics=metrics)
 
@@ -206,8 +205,9 @@ class BilevelSolver(NamedTuple):
             initial ones; with a `ParametricProblem` they must be given, and inner_batch may be None. outer_params may
             be None with an `outer_model`: its initial ones.
         step: `(state, inner_batch, outer_batch) -> (state, metrics)`, one outer step. Jit it.
-        run: `(state, inner_batches, outer_batches) -> (state, metrics)`, one scan over the leading axis of the
-            batches; metrics have that leading axis too. (A `Sampler` is one for all steps.)
+        run: `(state, inner_batches, outer_batches) -> (state, metrics)`, one scan over the leading axis of the batches;
+            metrics have that leading axis too. (A `Sampler` or a `FiniteSum` is one for all steps; where both are, pass
+            `num_steps=`.)
 
     Metrics are a flat dict of scalars: `outer_objective`; `inner_objective` (at the last inner step, before its
     update, in train mode); `hypergradient_norm`, `explicit_norm`, `implicit_norm`; `inner_finite`,
@@ -221,7 +221,7 @@ class BilevelSolver(NamedTuple):
 
     init: _Init
     step: Callable[[BilevelState, Batch, Batch], tuple[BilevelState, Metrics]]
-    run: Callable[[BilevelState, Batch, Batch], tuple[BilevelState, Metrics]]
+    run: Callable[..., tuple[BilevelState, Metrics]]
 
     def __repr__(self) -> str:
         return describe(self)
@@ -255,8 +255,9 @@ def bilevel(
             its derivative the estimator's hypergradient. Each evaluation costs a whole outer step. The inner one
             is given `outer_params`, for `proximal`.
         inner_steps: M >= 1. All M see `inner_batch`, and so does the hypergradient, unless `inner_batch` is
-            `Minibatches` (a batch for each) or a `Sampler` (a fresh draw for each); ITD differentiates through each
-            step at its own batch.
+            `Minibatches` (a batch for each), a `Sampler` or a `FiniteSum` (a fresh draw for each); the outer batch may
+            be one of the last two as well, of which each outer step draws once. ITD differentiates through each step at
+            its own batch.
         inner_init: `(outer_params, key, inner_batch) -> inner_params`: where the inner level starts at every outer
             step, with a fresh optimizer state, instead of where the step before ended. For meta-learning, where every
             outer step brings new tasks. ITD with T = M differentiates through it, too (MAML: the start is omega).
@@ -382,14 +383,18 @@ def bilevel(
             outer_model_state=outer_model_state,
             batch_form=batch_form(batch),
         )
-        return jax.tree.map(_own, state)
+        return jax.tree.map(own_buffer, state)
 
     def step(state: BilevelState, inner_batch: Batch, outer_batch: Batch) -> tuple[BilevelState, Metrics]:
         omega = state.outer_params
         key, inner_key, estimator_key, outer_key = jax.random.split(state.key, 4)
         check_draws("step", inner_batch, inner_steps)
+        inner_batch = placed(inner_batch, state.step * (inner_steps + 1))
         batch = draw("step", inner_batch, _draw_key(inner_key), inner_steps)
-        if outer_model is not None and isinstance(inner_batch, (Minibatches, Sampler)):
+        if isinstance(outer_batch, Minibatches):
+            raise TypeError("step: outer_batch is fb.Minibatches, but an outer step draws one alone; pass one batch.")
+        outer_batch = draw("step", placed(outer_batch, state.step), _draw_key(outer_key), 0, "outer_batch")
+        if outer_model is not None and isinstance(inner_batch, (Minibatches, Sampler, FiniteSum)):
             raise ValueError(
                 f"step: inner_batch is fb.{type(inner_batch).__name__}, but outer_model is evaluated once per outer "
                 "step, on one batch; pass one batch, or call the outer network in the objectives."
@@ -449,7 +454,10 @@ def bilevel(
             "outer_finite": _outer_finite(hyper, omega, gradient, new_omega, outer_model_state)
             & stays_finite(state.outer_opt_state, outer_opt_state),
         }
-        inner_finite, metrics = _reduce(problem, {"": inner_finite})[""], _reduce(problem, metrics)
+        inner_finite, metrics = (
+            reduce_over_devices(problem, {"": inner_finite})[""],
+            reduce_over_devices(problem, metrics),
+        )
         all_levels = inner_finite & metrics["adjoint_finite"] & metrics["outer_finite"]
         after = tree_where(inner_finite, inner.fit, before)
         new_omega, outer_opt_state, outer_model_state, estimator_state = tree_where(
@@ -471,12 +479,10 @@ def bilevel(
         )
         return new_state, metrics
 
-    def run(state: BilevelState, inner_batches: Batch, outer_batches: Batch) -> tuple[BilevelState, Metrics]:
-        if isinstance(inner_batches, Sampler):
-            check_leading_axis("run", "outer steps", outer_batches=outer_batches)
-            return jax.lax.scan(lambda s, outer_batch: step(s, inner_batches, outer_batch), state, outer_batches)
-        check_leading_axis("run", "outer steps", inner_batches=inner_batches, outer_batches=outer_batches)
-        return jax.lax.scan(lambda s, batches: step(s, *batches), state, (inner_batches, outer_batches))
+    def run(
+        state: BilevelState, inner_batches: Batch, outer_batches: Batch, num_steps: int | None = None
+    ) -> tuple[BilevelState, Metrics]:
+        return run_steps(step, state, inner_batches, outer_batches, num_steps)
 
     solver: Any = BilevelSolver(init, step, run)
     solver.init.setup = Setup(problem, model, estimator, seen)  # for `diagnose`, as its description is for `repr`
@@ -568,19 +574,3 @@ def _averaged(problem: Problem, outer_params: OuterParams, hyper: Hypergradient)
 def _outer_finite(hyper: Hypergradient, *others: PyTree) -> jax.Array:
     """That the outer level's numbers are finite: what the estimator says of d, the value, and `others`."""
     return all_finite(hyper.outer_value, *others) & hyper.metrics.get("outer_finite", True)
-
-
-def _reduce(problem: Problem, metrics: Metrics) -> Metrics:
-    """Metrics over all devices of the problem's mapped axis: means, and whether a flag is true on every one."""
-
-    def reduce(x: jax.Array) -> jax.Array:
-        if x.dtype != jnp.bool_:
-            return mean_over_devices(problem, x)
-        return mean_over_devices(problem, x.astype(jnp.float32)) == 1.0
-
-    return metrics if problem.axis_name is None else jax.tree.map(reduce, metrics)
-
-
-def _own(x: Any) -> Any:
-    """x in a buffer of its own, lest a donating step meets it twice; without weak type, lest it compiles twice."""
-    return jnp.copy(jax.lax.convert_element_type(x, x.dtype) if getattr(x, "weak_type", False) else x)

@@ -154,6 +154,8 @@ def check_objectives(
     lower = (inner_params, model_state)
     check_axis(function, problem)
     inner_sees = check_inner(function, problem, model, outer_params, *lower, inner_batch, told)
+    if estimator.by_values:
+        return
     name, (outer_sees, sees_u) = _dependences(function, problem, model, outer_params, lower, outer_batch, "outer", told)
     if not (sees_u or outer_sees):
         raise ValueError(

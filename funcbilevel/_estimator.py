@@ -153,6 +153,7 @@ class Estimator(NamedTuple):
             through. With 0 the inner fit is over before `estimate` is called, and `solve` only returns it.
         functional: whether it needs a `FunctionalProblem`.
         implicit: whether it estimates the implicit part, so that inner_objective has to depend on outer_params.
+        by_values: whether it goes by values of the objectives, whose derivatives by outer_params may be zero.
         description: the call that made it, for `repr`.
         refine: called as `estimate` is, for `hypergradient_error`: the estimate; that with its adjoint refined twice;
             and two, each after one more Newton step of the inner level and refinement of the adjoint. None: without.
@@ -166,6 +167,7 @@ class Estimator(NamedTuple):
     unroll: int = 0
     functional: bool = False
     implicit: bool = True
+    by_values: bool = False
     description: str = ""
     refine: Refine | None = None
     reaches: bool = False

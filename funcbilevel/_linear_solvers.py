@@ -62,8 +62,10 @@ def cg(
 ) -> LinearSolver:
     """Conjugate gradients: one Hessian product per step; for a positive definite Hessian.
 
-    Where the curvature along a step's direction is negative, or zero to rounding, there is nothing to minimise: the
-    solver stops with its best iterate, and `linear_converged` in the metrics is false.
+    Where the curvature along a step's direction is negative, or zero to rounding, there is nothing to minimise, and the
+    solver stops. Then, and where its last iterate is worse than zero, as on batches of fewer samples than parameters,
+    it gives the average of its iterates that has the smallest residual: `linear_residual` is at most 1, and
+    `linear_converged` in the metrics is false.
 
     Arguments:
         num_steps: largest number of steps K >= 1.
@@ -471,7 +473,7 @@ class CGState(NamedTuple):
         p: the next direction.
         rr: <r, r>.
         rz: <r, z>, z the preconditioned residual.
-        best, best_rr: the solution of the smallest residual so far, zero included, and that residual's <r, r>.
+        smooth, s: an average of the solutions so far, zero included, and its residual, no larger than any of theirs.
         largest: the largest curvature <p, A p> / <p, p> along a direction so far.
         positive: whether the last direction's was positive; if not, its step was not made.
     """
@@ -482,8 +484,8 @@ class CGState(NamedTuple):
     p: PyTree
     rr: jax.Array
     rz: jax.Array
-    best: PyTree
-    best_rr: jax.Array
+    smooth: PyTree
+    s: PyTree
     largest: jax.Array
     positive: jax.Array
 
@@ -500,8 +502,12 @@ def conjugate_gradients(
     """At most `num_steps` steps; stops where the residual is rounding error, so that nothing divides by zero.
 
     It also stops at a direction of negative curvature, or of one that is rounding error beside the largest so far (to
-    the power of `power`, for an A that is one of a matrix), with the iterate of the smallest residual: there A is not
-    positive definite, and what the last iterates minimise has no minimum.
+    the power of `power`, for an A that is one of a matrix): there A is not positive definite, and what the last
+    iterates minimise has no minimum. Then, and where the last residual is larger than |b|, the answer is the average of
+    the iterates by minimal residual smoothing (Zhou and Walker, SIAM J. Sci. Comput. 1994), which MINRES would give:
+    its residual falls in every step, and never exceeds that of zero or of the start. So it is where A is singular and b
+    not in its range, as for the Hessian of a batch with fewer samples than parameters: the iterates themselves grow
+    without limit.
 
     A product per step, and one more for the residual of a start that is not zero. (`jax.scipy.sparse.linalg.cg` makes
     that one always, which is a tenth of the time with ten steps.) The derivative is that of the exact solution.
@@ -528,7 +534,7 @@ def conjugate_gradients(
             return (state.steps < num_steps) & ((state.rr > least) | (state.steps < 0)) & state.positive
 
         def step(state: CGState) -> CGState:
-            steps, u, r, p, _, rz, best, best_rr, largest, _ = state
+            steps, u, r, p, _, rz, smooth, s, largest, _ = state
             Ap = matvec(p)
             pAp, pp = tree_vdot(p, Ap), tree_vdot(p, p)
             largest = jnp.maximum(largest, pAp / pp)
@@ -545,15 +551,20 @@ def conjugate_gradients(
             z, after = preconditioned(r, rr)
             beta = jnp.where(to_start, 0.0, after / rz)
             u, p = tree_add_scaled(u, alpha, p), tree_add_scaled(z, beta, p)
-            best, best_rr = tree_where(rr < best_rr, (u, rr), (best, best_rr))
-            # A residual that is not finite: the answer is the best iterate, zero if there was none.
-            return CGState(steps + 1, u, r, p, rr, after, best, best_rr, largest, positive & jnp.isfinite(after))
+            away, change = tree_add_scaled(u, -1.0, smooth), tree_add_scaled(r, -1.0, s)
+            squared = tree_vdot(change, change)
+            # The average goes no way along which A is rounding error: the residual would gain by accident.
+            usable = jnp.isfinite(squared) & (squared > negligible * largest**2 * tree_vdot(away, away))
+            eta = jnp.where(usable, -tree_vdot(s, change) / jnp.where(usable, squared, 1.0), 0.0)
+            averaged = tree_add_scaled(smooth, eta, away), tree_add_scaled(s, eta, change)
+            smooth, s = tree_where(usable, averaged, (smooth, s))
+            return CGState(steps + 1, u, r, p, rr, after, smooth, s, largest, positive & jnp.isfinite(after))
 
         z, rz = preconditioned(b, bb)
         first, p = (0, z) if initial is None else (-1, initial)
-        start = CGState(jnp.asarray(first), zero, b, p, bb, rz, zero, bb, jnp.zeros_like(bb), jnp.isfinite(rz))
+        start = CGState(jnp.asarray(first), zero, b, p, bb, rz, zero, b, jnp.zeros_like(bb), jnp.isfinite(rz))
         end = jax.lax.while_loop(running, step, start)
-        return tree_where(end.positive, end.u, end.best)
+        return tree_where(end.positive & (end.rr <= bb), end.u, end.smooth)
 
     return jax.lax.custom_linear_solve(matvec, rhs, loop, symmetric=True)
 

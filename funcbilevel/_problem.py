@@ -200,6 +200,17 @@ def mean_over_devices(problem: Problem, tree: PyTree) -> PyTree:
     return tree if problem.axis_name is None else jax.lax.pmean(tree, problem.axis_name)
 
 
+def reduce_over_devices(problem: Problem, metrics: Metrics) -> Metrics:
+    """Metrics over all devices of the problem's mapped axis: means, and whether a flag is true on every one."""
+
+    def reduce(x: jax.Array) -> jax.Array:
+        if x.dtype != jnp.bool_:
+            return mean_over_devices(problem, x)
+        return mean_over_devices(problem, x.astype(jnp.float32)) == 1.0
+
+    return metrics if problem.axis_name is None else jax.tree.map(reduce, metrics)
+
+
 def _evaluate(
     problem: Problem, level: str, outer_params: OuterParams, u: PyTree, batch: Batch
 ) -> tuple[jax.Array, Metrics]:

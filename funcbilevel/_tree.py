@@ -101,6 +101,11 @@ def evaluated_after(earlier: PyTree, tree: PyTree) -> PyTree:
     return jax.lax.cond(finite, lambda t: t, lambda t: jax.tree.map(jnp.zeros_like, t), tree)
 
 
+def own_buffer(x: Any) -> Any:
+    """x in a buffer of its own, lest a donating step meets it twice; without weak type, lest it compiles twice."""
+    return jnp.copy(jax.lax.convert_element_type(x, x.dtype) if getattr(x, "weak_type", False) else x)
+
+
 def all_finite(*trees: PyTree) -> jax.Array:
     """Scalar bool: no floating leaf holds NaN or inf."""
     leaves = [x for x in jax.tree.leaves(trees) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]

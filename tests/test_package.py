@@ -39,13 +39,15 @@ LAYERS = [
     {"_predictor"},
     {"_estimator"},
     {"_check"},
-    {"_linear_solvers", "_features"},
+    {"_linear_solvers", "_features", "_kernels"},
     {"_implicit", "_ridge"},
     {"_argmin", "_prox"},
     {"_variable_projection", "_precision"},
+    {"_kernel_model"},
 ]
-LOOP = {"_bilevel", "_certify", "_cost", "_diagnose", "_error", "_train", "_data", "_history", "_state"}
+LOOP = {"_bilevel", "_certify", "_cost", "_diagnose", "_error", "_followers", "_train", "_data", "_history", "_state"}
 SHARED = {m for m in SHORT if m.startswith("_estimators._")}  # what several estimators are made of
+STOCHASTIC = {m for m in SHORT if m.startswith("_stochastic._")}  # what several stochastic methods are made of
 SCRIPTS = sorted(path for folder in ("benchmarks", "examples") for path in (ROOT / folder).rglob("*.py"))
 
 
@@ -86,8 +88,14 @@ def allowed(module: str) -> set[str]:
     tasks = {"", *(m for m in SHORT if m.partition(".")[0] == "tasks")}
     if module.partition(".")[0] in ("cli", "tasks"):
         return tasks
+    if module.partition(".")[0] == "contrib":
+        return {""}
     if module.startswith("_estimators"):
         return lower | SHARED  # no other estimator, and not the loop
+    if module.startswith("_stochastic"):
+        return lower | LOOP | STOCHASTIC  # no other method
+    if module == "_methods":  # the table of all of them
+        return {m for m in SHORT if m.startswith(("_estimators.", "_stochastic."))}
     if module in LOOP:
         return lower | LOOP
     (level,) = (i for i, layer in enumerate(LAYERS) if module in layer)
@@ -97,7 +105,7 @@ def allowed(module: str) -> set[str]:
 @pytest.mark.parametrize("module", SHORT)
 def test_imports_run_one_way(module: str) -> None:
     assert imports(source(module)) <= allowed(module)
-    if module.partition(".")[0] in ("cli", "tasks"):
+    if module.partition(".")[0] in ("cli", "tasks", "contrib"):
         assert not private_names(source(module))
 
 

@@ -341,6 +341,15 @@ def test_functional_inner_points_that_are_not_stationary_are_reported(x64, adjoi
     np.testing.assert_allclose(h.metrics["inner_gradient_relative"], 0.1, rtol=1e-10 if adjoint is EXACT else 0.1)
 
 
+def test_a_solution_at_zero_is_stationary():
+    """Where gradient and Hessian product vanish alike, their ratio is no NaN that would hold the step back."""
+    problem = fb.ParametricProblem(lambda w, t, b: 0.5 * jnp.sum(t**2) - t @ w, lambda w, t, b: jnp.sum((t - 1.0) ** 2))
+    h = fb.hypergradient(problem, None, fb.aid(fb.cg(2)), jnp.zeros(2), jnp.zeros(2), 0, 0)
+    assert float(h.metrics["inner_gradient_relative"]) == 0.0
+    assert bool(h.metrics["adjoint_finite"])
+    np.testing.assert_allclose(h.gradient, -2.0 * np.ones(2), rtol=1e-6)
+
+
 # Conjugate gradients where the Hessian is not positive definite.
 
 SINGULAR = {"cg": fb.cg(20), "normal_cg": fb.normal_cg(20), "neumann": fb.neumann(2000, 0.3), "lineax": lineax.LU()}

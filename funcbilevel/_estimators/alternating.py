@@ -16,6 +16,8 @@ def alternating() -> Estimator:
     How the follower responds to the leader is left out, so there is no implicit part (`implicit` is zero). Where
     the outer objective reaches omega only through the inner solution, this gradient is zero and nothing moves.
 
+    Order: first. Memory: none.
+
     Returns:
         An `Estimator` for either kind of problem. It has no adjoint, so `adjoint_finite` is always true.
 

@@ -51,7 +51,11 @@ def funcid(adjoint: Adjoint, correction: float = 0.0) -> Estimator:
     C acts on predictions, so no Hessian in parameter space appears; v_P, v_Q, d and C are computed once per call. The
     formula holds at the inner solution: `inner_gradient_relative` says how far the inner level is from it.
 
-    With `fb.Minibatches` or `fb.Sampler` as inner batch, P is one batch: the draw after those of the inner steps.
+    With `fb.Minibatches`, `fb.Sampler` or `fb.FiniteSum` as inner batch, P is one batch: the draw after those of the
+    inner steps.
+
+    Order: second in the prediction (products with C, and one cross derivative), first in theta. Memory: that of the
+    adjoint.
 
     **Newton-corrected FuncID.** At v that is off the inner solution by e, the hypergradient is off by a multiple of e.
     With a correction beta, all of the above is taken at

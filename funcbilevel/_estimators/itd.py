@@ -26,6 +26,8 @@ def itd(num_steps: int, mode: Literal["reverse", "forward"] = "reverse", remat: 
     The derivative goes through any optax optimizer, its state and the model's state included. T < M is truncated
     ITD. In `fb.hypergradient` the T steps of `inner_optimizer` are taken from `inner_params`.
 
+    Order: second. Memory: theta and the optimizer's state at each of the T steps in reverse mode.
+
     Arguments:
         num_steps: T >= 1, at most the solver's `inner_steps`.
         mode: "reverse" keeps the T steps' intermediate values: memory grows in proportion to T. "forward" carries

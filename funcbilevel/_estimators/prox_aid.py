@@ -57,6 +57,9 @@ def prox_aid(
     zero, so that a constraint is about to become active or inactive) F has a kink, and this is the derivative of
     one of its sides.
 
+    Order: second (products with the Hessian in theta, and one cross derivative). Memory: one vector like theta, with a
+    warm start.
+
     Arguments:
         linear_solver: as in `aid`; `cg` where L_in is convex.
         prox: `(inner_params, outer_params, step_size) -> inner_params`, the proximal operator of a convex

@@ -25,6 +25,8 @@ def value_penalty(
     First derivatives only. The bias is of order 1/lambda where the inner objective is strongly convex in theta; the
     error of y and theta, and rounding, are multiplied by lambda.
 
+    Order: first. Memory: one vector like theta, and its optimizer's state.
+
     Arguments:
         optimizer: any optax optimizer, for y.
         num_steps: K >= 1, its steps per outer step.
