@@ -50,6 +50,10 @@ def learned(case: Case, beta: float) -> fb.Estimator:
     return fb.funcid(fb.learned_adjoint(optax.sgd(rate, momentum=0.6, nesterov=True), 800), beta)
 
 
+def kernel(case: Case, beta: float) -> fb.Estimator:
+    return fb.funcid(fb.kernel_adjoint(fb.gaussian_kernel(2.0), 0.0), beta)
+
+
 def aid(case: Case, beta: float) -> fb.Estimator:
     return fb.aid(fb.cg(60), correction=beta)
 
@@ -62,6 +66,7 @@ def rows(problem: Row) -> list[Callable[[Case, float], fb.Estimator]]:
 
 TABLE = [(method, name) for name, problem in PROBLEMS.items() for method in rows(problem)]
 TABLE += [(learned, name) for name in ("cosh", "shifted", "softmax")]
+TABLE += [(kernel, "cosh"), (kernel, "pytree")]
 TABLE += [(pointwise, "softmax-table"), (aid, "softmax-table")]
 QUADRATIC = ("least-squares", "instrument", "ridge")  # in what the inner level optimises: one Newton step is exact
 
@@ -88,7 +93,7 @@ def gradients(case: Case, estimators: list[fb.Estimator], errors: tuple[float, .
 
 FAST = {
     *(("pointwise", "cosh"), ("linear", "pytree"), ("learned", "shifted"), ("linear", "softmax")),
-    *(("aid", "logistic-ridge"), ("pointwise", "softmax-table"), ("linear", "least-squares")),
+    *(("kernel", "cosh"), ("aid", "logistic-ridge"), ("pointwise", "softmax-table"), ("linear", "least-squares")),
 }
 MARKED = [
     pytest.param(method, name, marks=() if (method.__name__, name) in FAST else pytest.mark.slow)
