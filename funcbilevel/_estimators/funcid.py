@@ -66,7 +66,7 @@ def funcid(adjoint: Adjoint, correction: float = 0.0) -> Estimator:
             - \langle N(x_P), \partial_v L_{in}(\omega, v_P)\rangle ,
 
     on both batches: N is the Newton step of the inner problem in function space, in the class of the adjoint (one
-    value for each sample, the same features or kernel, a second network). With beta = 1 the error is of the order of e^2, and
+    value for each sample, the same features, a second network). With beta = 1 the error is of the order of e^2, and
     for an objective that is quadratic in the prediction there is none: the inner level may lag. The difference from
     beta = 0 is then an estimate of that one's error. Between 0 and 1 it damps the loop of omega and h. beta = 0 is the
     method as published, and costs nothing.

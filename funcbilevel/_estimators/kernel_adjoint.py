@@ -93,7 +93,7 @@ def kernel_adjoint(
             )
         return ()
 
-    def spanned(x_P: Inputs, x_Q: Inputs) -> tuple[jax.Array, jax.Array, Any]:
+    def spanned(x_P: Inputs, x_Q: Inputs) -> tuple[jax.Array, jax.Array, jax.Array | None]:
         """The features on both batches, and what is known of their Gram matrix."""
         spectrum = None
         if by_fourier:
