@@ -5,15 +5,23 @@ from funcbilevel._bilevel import BilevelSolver as BilevelSolver
 from funcbilevel._bilevel import BilevelState as BilevelState
 from funcbilevel._bilevel import bilevel as bilevel
 from funcbilevel._bilevel import hypergradient as hypergradient
+from funcbilevel._certify import CheckedEstimator as CheckedEstimator
+from funcbilevel._certify import HypergradientCheck as HypergradientCheck
+from funcbilevel._certify import check_hypergradient as check_hypergradient
 from funcbilevel._cost import Cost as Cost
 from funcbilevel._cost import CostTable as CostTable
 from funcbilevel._cost import compare_costs as compare_costs
 from funcbilevel._cost import cost as cost
 from funcbilevel._cost import measure_costs as measure_costs
+from funcbilevel._diagnose import Diagnosis as Diagnosis
+from funcbilevel._diagnose import Finding as Finding
+from funcbilevel._diagnose import diagnose as diagnose
 from funcbilevel._draws import FiniteSum as FiniteSum
 from funcbilevel._draws import Minibatches as Minibatches
 from funcbilevel._draws import Sampler as Sampler
 from funcbilevel._draws import finite_sum as finite_sum
+from funcbilevel._error import HypergradientError as HypergradientError
+from funcbilevel._error import hypergradient_error as hypergradient_error
 from funcbilevel._estimator import Adjoint as Adjoint
 from funcbilevel._estimator import AdjointSystem as AdjointSystem
 from funcbilevel._estimator import Estimator as Estimator
@@ -51,6 +59,7 @@ from funcbilevel._linear_solvers import gradient_descent as gradient_descent
 from funcbilevel._linear_solvers import identity as identity
 from funcbilevel._linear_solvers import neumann as neumann
 from funcbilevel._linear_solvers import normal_cg as normal_cg
+from funcbilevel._linear_solvers import nystrom_cg as nystrom_cg
 from funcbilevel._methods import Method as Method
 from funcbilevel._methods import MethodTable as MethodTable
 from funcbilevel._methods import methods as methods
@@ -101,14 +110,19 @@ __all__ = [
     "AdjointSystem",
     "BilevelSolver",
     "BilevelState",
+    "CheckedEstimator",
     "Cost",
     "CostTable",
+    "Diagnosis",
     "Estimator",
+    "Finding",
     "FiniteSum",
     "FitState",
     "FrozenState",
     "FunctionalProblem",
     "Hypergradient",
+    "HypergradientCheck",
+    "HypergradientError",
     "InnerSolution",
     "Kernel",
     "LinearHead",
@@ -131,11 +145,13 @@ __all__ = [
     "bome",
     "bsa",
     "cg",
+    "check_hypergradient",
     "compare_costs",
     "cost",
     "custom_fixed_point",
     "custom_root",
     "darts",
+    "diagnose",
     "evolution_strategy",
     "f2sa",
     "f3sa",
@@ -152,6 +168,7 @@ __all__ = [
     "gradient_descent",
     "gradient_penalty",
     "hypergradient",
+    "hypergradient_error",
     "identity",
     "itd",
     "kernel_adjoint",
@@ -169,6 +186,7 @@ __all__ = [
     "mrbo",
     "neumann",
     "normal_cg",
+    "nystrom_cg",
     "parametrize",
     "partition",
     "pbgd",

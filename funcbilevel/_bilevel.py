@@ -171,6 +171,20 @@ class BilevelState(NamedTuple):
         return fields_that_differ(self)
 
 
+class Setup(NamedTuple):
+    """What a solver was made of: the attribute `setup` of its `init`.
+
+    Attributes:
+        problem, model, estimator: as given.
+        seen: `(outer_params, outer_model_state, inner_batch, key)` -> what the objectives get for omega, and more.
+    """
+
+    problem: Problem
+    model: Model | None
+    estimator: Estimator
+    seen: Callable[[OuterParams, ModelState, Batch, Key], tuple[PyTree, ModelState, Any]]
+
+
 class _Init(Protocol):
     def __call__(
         self, key: Key, outer_params: OuterParams, inner_batch: Batch, inner_params: InnerParams | None = None
@@ -470,7 +484,9 @@ def bilevel(
     ) -> tuple[BilevelState, Metrics]:
         return run_steps(step, state, inner_batches, outer_batches, num_steps)
 
-    return BilevelSolver(init, step, run)
+    solver: Any = BilevelSolver(init, step, run)
+    solver.init.setup = Setup(problem, model, estimator, seen)  # for `diagnose`, as its description is for `repr`
+    return solver
 
 
 _DRAW_STREAM, _INIT_STREAM = 0xD7A, 0x1217  # keep these keys apart from those of the inner steps

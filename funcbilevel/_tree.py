@@ -123,6 +123,7 @@ METRICS = (
     *("inner_finite", "adjoint_finite", "outer_finite", "inner_gradient_norm", "inner_gradient_relative"),
     *("linear_residual", "linear_converged", "linear_curvature", "active_set_size", "strict_complementarity"),
     *("adjoint_objective", "adjoint_inputs_match", "adjoint_inconsistent", "penalty_objective"),
+    *("newton_residual", "newton_objective"),
 )
 
 

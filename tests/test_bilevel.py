@@ -95,6 +95,7 @@ ESTIMATORS: dict[str, fb.Estimator] = {
     "funcid-learned": fb.funcid(fb.learned_adjoint(ADJOINT_OPTIMIZER, 3)),
     "funcid-learned-cold": fb.funcid(fb.learned_adjoint(ADJOINT_OPTIMIZER, 3, warm_start=False)),
     "funcid-pointwise": fb.funcid(fb.pointwise_adjoint()),
+    "funcid-learned-corrected": fb.funcid(fb.learned_adjoint(ADJOINT_OPTIMIZER, 3), correction=1.0),
     "aid-cg": fb.aid(fb.cg(4, damping=3.0)),
     "aid-cg-cold": fb.aid(fb.cg(4, damping=3.0), warm_start=False),
     "aid-normal-cg": fb.aid(fb.normal_cg(4, damping=3.0)),

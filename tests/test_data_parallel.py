@@ -25,6 +25,8 @@ ESTIMATORS = {
     "funcid-learned": fb.funcid(fb.learned_adjoint(optax.adam(1e-2), 5)),
     "funcid-linear": fb.funcid(fb.linear_adjoint(features)),
     "funcid-pointwise": fb.funcid(fb.pointwise_adjoint()),
+    "funcid-linear-corrected": fb.funcid(fb.linear_adjoint(features), correction=1.0),
+    "funcid-learned-corrected": fb.funcid(fb.learned_adjoint(optax.adam(1e-2), 5), correction=1.0),
     "aid-cg": fb.aid(fb.cg(5, damping=3.0)),
     "aid-gmres": fb.aid(fb.gmres(5, damping=1.0)),
     "aid-neumann": fb.aid(fb.neumann(5, 0.1)),

@@ -93,11 +93,8 @@ def kernel_adjoint(
             )
         return ()
 
-    def fit(
-        system: AdjointSystem, model: Model, inner: FitState, state: PyTree, key: Key | None, /
-    ) -> tuple[Prediction, PyTree, Metrics]:
-        del model, inner, key
-        C, d, v_P, x_P, x_Q, mean = system
+    def spanned(x_P: Inputs, x_Q: Inputs) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        """The features on both batches, and what is known of their Gram matrix."""
         spectrum = None
         if by_fourier:
             assert num_features is not None
@@ -108,10 +105,29 @@ def kernel_adjoint(
             size = jax.tree.leaves(x_P)[0].shape[0]
             chosen = jax.random.permutation(jax.random.key(seed), size)[:num_features]
             features, _ = centred_features(name, k, jax.tree.map(lambda x: x[chosen], x_P))
-        phi_P, phi_Q = features(x_P), features(x_Q)
+        return features(x_P), features(x_Q), spectrum
+
+    def fit(
+        system: AdjointSystem, model: Model, inner: FitState, state: PyTree, key: Key | None, /
+    ) -> tuple[Prediction, PyTree, Metrics]:
+        del model, inner, key
+        C, d, v_P, x_P, x_Q, mean = system
+        phi_P, phi_Q, spectrum = spanned(x_P, x_Q)
         wide = working_dtype((phi_Q, d))
         rhs = jax.tree.map(lambda d: -mean(moments(phi_Q.astype(wide), d)), tree_cast(d, wide))
         W, metrics = ridge_solution(C, rhs, phi_P, v_P, ridge, num_steps, mean, spectrum)
         return jax.tree.map(lambda W: jnp.tensordot(phi_P, W, 1), W), state, metrics
 
-    return Adjoint(init, fit, linear=True)
+    def newton(
+        system: AdjointSystem, model: Model, inner: FitState, state: PyTree, key: Key | None, /
+    ) -> tuple[Prediction, Prediction, PyTree, Metrics]:
+        del model, inner, key
+        C, g, v_P, x_P, x_Q, mean = system
+        phi_P, phi_Q, spectrum = spanned(x_P, x_Q)
+        wide = working_dtype((phi_P, g))
+        rhs = jax.tree.map(lambda g: mean(moments(phi_P.astype(wide), g)), tree_cast(g, wide))
+        W, metrics = ridge_solution(C, rhs, phi_P, v_P, ridge, num_steps, mean, spectrum)
+        N_P, N_Q = (jax.tree.map(lambda W, phi=phi: jnp.tensordot(phi, W, 1), W) for phi in (phi_P, phi_Q))
+        return N_P, N_Q, state, {"newton_residual": metrics["linear_residual"]}
+
+    return Adjoint(init, fit, newton=newton, linear=True)
