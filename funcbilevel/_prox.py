@@ -88,8 +88,8 @@ def proximal(optimizer: optax.GradientTransformation, prox: Prox, step_size: flo
     L_in + g, where `prox` is the proximal operator of s g. With a projection `step_size` does not matter, and an
     optimizer that scales each coordinate by itself (Adam) has other fixed points than the minimiser.
 
-    In `fb.bilevel`, as the outermost transformation, it gets omega, and `fb.itd` differentiates through its steps. It is
-    an outer optimizer, too, for a constraint on outer_params.
+    In `fb.bilevel`, as the outermost transformation, it gets omega, and `fb.itd` differentiates through its steps. It
+    is an outer optimizer, too, for a constraint on outer_params.
 
     Arguments:
         optimizer: any optax optimizer.

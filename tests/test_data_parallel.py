@@ -53,7 +53,7 @@ def problem(axis_name):
         return jnp.mean(weight * (v - outer_params["slope"] * y) ** 2), {"largest": jnp.mean(v)}
 
     def outer(outer_params, v, batch):
-        return jnp.mean((v - 2 * batch[1]) ** 2) + 0.1 * outer_params["slope"] ** 2, {}
+        return jnp.mean((v - 2 * batch[1]) ** 2) + 0.1 * outer_params["slope"] ** 2 * jnp.mean(batch[2]), {}
 
     return fb.FunctionalProblem(inner, outer, has_aux=True, axis_name=axis_name)
 
@@ -112,3 +112,21 @@ def test_a_fault_on_one_device_holds_all_devices_back():
     assert not metrics["outer_finite"].any()
     assert metrics["inner_finite"].all()
     np.testing.assert_array_equal(state.outer_params["slope"], np.full(DEVICES, 0.5, np.float32))
+
+
+def test_an_infinite_value_on_one_device_holds_all_devices_back():
+    """Its gradients are finite, so that no mean over devices spreads the fault."""
+    x = jax.random.normal(jax.random.key(0), (DEVICES, 4, 3))
+    batch = (x, jnp.ones((DEVICES, 4, 1)), jnp.ones((DEVICES, 4, 1)).at[3].set(jnp.inf))
+    spread = fb.FunctionalProblem(
+        lambda w, v, batch: jnp.mean((v - w * batch[1]) ** 2) + jnp.mean(batch[2]),
+        lambda w, v, batch: jnp.mean((v - batch[1]) ** 2) + w**2,
+        axis_name="devices",
+    )
+    sgd = optax.sgd(0.1)
+    solver = fb.bilevel(spread, MODEL, fb.alternating(), inner_optimizer=sgd, outer_optimizer=sgd)
+    start = on_all_devices(solver.init(jax.random.key(2), 0.5, jax.tree.map(lambda a: a[0], batch)))
+    state, metrics = jax.pmap(solver.step, axis_name="devices")(start, batch, batch)
+    assert not metrics["inner_finite"].any()
+    jax.tree.map(np.testing.assert_array_equal, state.inner_params, start.inner_params)
+    np.testing.assert_array_equal(state.outer_params, start.outer_params)

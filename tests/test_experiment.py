@@ -85,6 +85,14 @@ def test_two_processes_side_by_side(tmp_path, uninterrupted):
     assert len(solves) == 6  # they share the work
 
 
+def test_what_another_process_has_recorded_is_not_recorded_twice(tmp_path):
+    where, run = Store(tmp_path, "stub"), Run("itd", 0, {"rate": 0.5, "width": 4})
+    for loss in (1.0, 2.0):
+        store.add(where, [(run, Result({"loss": loss}))])
+    (line,) = where.path.read_text().splitlines()
+    assert json.loads(line)["metrics"]["loss"] == 1.0
+
+
 def test_interrupted_by_ctrl_c(tmp_path):
     run = process(tmp_path, "--pause", "0.3")
     while not (tmp_path / "runs.jsonl").exists():

@@ -814,7 +814,7 @@ def test_one_step_of_a_penalty(x64, method, name):
     h = estimate(case, cold)
     assert h.state == ()
     warm = estimate(case, make(optimizer, 1, penalty))  # which starts at theta, too
-    chex.assert_trees_all_equal(parts(h), parts(warm))
+    chex.assert_trees_all_close(parts(h), parts(warm), rtol=1e-12)  # of another program
     second = estimate(case, make(optimizer, 1, penalty), state=warm.state)
     assert_close(parts(second), parts(estimate(case, make(optimizer, 2, penalty))), 1e-12)
     chex.assert_trees_all_equal(parts(h), parts(estimate(case, cold, state=h.state)))
