@@ -32,7 +32,7 @@ from funcbilevel._check import (
 )
 from funcbilevel._data import Form, batch_form
 from funcbilevel._described import describe, described, fields_that_differ
-from funcbilevel._draws import Minibatches, Sampler, check_draws, draw
+from funcbilevel._draws import Minibatches, Sampler, draw
 from funcbilevel._estimator import Estimator, Hypergradient, InnerSolution, InnerSolve
 from funcbilevel._fit import FitState, fit
 from funcbilevel._model import Model
@@ -110,9 +110,7 @@ def hypergradient(
     if key is not None:
         check_key(name, key)
     inner_key, init_key, estimator_key = (None, None, None) if key is None else jax.random.split(key, 3)
-    if estimator.unroll:
-        check_draws(name, inner_batch, estimator.unroll)
-    batch = draw(name, inner_batch, _draw_key(inner_key), estimator.unroll)
+    batch = draw(name, inner_batch, _draw_key(inner_key), estimator.unroll, estimator.unroll or None)
     lower = (inner_params, model_state)
     check_parameters(name, problem, model, *lower, batch)
     check_objectives(name, problem, model, estimator, outer_params, *lower, batch, outer_batch, set())
@@ -317,8 +315,7 @@ def bilevel(
     ) -> BilevelState:
         check_key("init", key, outer_params)
         key, model_key, estimator_key = jax.random.split(key, 3)
-        check_draws("init", inner_batch, inner_steps)
-        batch = draw("init", inner_batch, key, 0)
+        batch = draw("init", inner_batch, key, 0, inner_steps)
         outer_model_state: ModelState = ()
         if outer_model is not None:
             outer_key = jax.random.fold_in(key, 1)
@@ -367,8 +364,7 @@ def bilevel(
     def step(state: BilevelState, inner_batch: Batch, outer_batch: Batch) -> tuple[BilevelState, Metrics]:
         omega = state.outer_params
         key, inner_key, estimator_key, outer_key = jax.random.split(state.key, 4)
-        check_draws("step", inner_batch, inner_steps)
-        batch = draw("step", inner_batch, _draw_key(inner_key), inner_steps)
+        batch = draw("step", inner_batch, _draw_key(inner_key), inner_steps, inner_steps)
         if outer_model is not None and isinstance(inner_batch, (Minibatches, Sampler)):
             raise ValueError(
                 f"step: inner_batch is fb.{type(inner_batch).__name__}, but outer_model is evaluated once per outer "

@@ -45,13 +45,21 @@ class Sampler(NamedTuple):
     sample: Any
 
 
-def draw(function: str, source: Batch | Minibatches | Sampler, key: Key | None, i: Any) -> Batch:
+def draw(
+    function: str, source: Batch | Minibatches | Sampler, key: Key | None, i: Any, inner_steps: int | None = None
+) -> Batch:
     """The i-th batch of `source`: number `inner_steps` is that of the hypergradient.
 
     `key` is the same for all i. A plain batch is every draw's; of stacked ones the last serves all that come after it.
+    With `inner_steps`, stacked batches must be as many as the draws, or one fewer.
     """
     if isinstance(source, Minibatches):
         size = check_leading_axis(function, "draws", inner_batches=source.batches)
+        if inner_steps is not None and size not in (inner_steps, inner_steps + 1):
+            raise ValueError(
+                f"{function}: inner_batch is fb.Minibatches of {size} batches, expected inner_steps={inner_steps} (one "
+                f"for each inner step) or {inner_steps + 1} (and one for the hypergradient); stack that many."
+            )
         at = jax.numpy.minimum(i, size - 1)
         return jax.tree.map(lambda x: x[at], source.batches)
     if isinstance(source, Sampler):
@@ -63,14 +71,3 @@ def draw(function: str, source: Batch | Minibatches | Sampler, key: Key | None, 
             )
         return source.sample(jax.random.fold_in(key, i))
     return source
-
-
-def check_draws(function: str, source: Batch | Minibatches | Sampler, inner_steps: int) -> None:
-    """That stacked batches are as many as the draws, or one fewer."""
-    if isinstance(source, Minibatches):
-        size = check_leading_axis(function, "draws", inner_batches=source.batches)
-        if size not in (inner_steps, inner_steps + 1):
-            raise ValueError(
-                f"{function}: inner_batch is fb.Minibatches of {size} batches, expected inner_steps={inner_steps} (one "
-                f"for each inner step) or {inner_steps + 1} (and one for the hypergradient); stack that many."
-            )

@@ -38,26 +38,39 @@ class Solver(NamedTuple):
         bilevel: the solver.
         init: `(key, data) -> state`.
         batches: `data -> (inner batch, outer batch)`.
-        evaluate: `(state, data) -> Evaluation`.
+        second_stage: `(state, data) -> (u, E[f(p, c) | z] at a batch)`: the second stage fitted to the outer sample. Of
+            the state it reads outer_params, inner_params and model_state.
+        structural: `(omega, u, batch) -> f(p, c)`, [n].
     """
 
     bilevel: fb.BilevelSolver
     init: Callable[[jax.Array, Data], fb.BilevelState]
     batches: Callable[[Data], tuple[Batch, Batch]]
-    evaluate: Callable[[fb.BilevelState, Data], Evaluation]
+    second_stage: Callable[[Any, Data], tuple[jax.Array, Callable[[Batch], jax.Array]]]
+    structural: Callable[[OuterParams, jax.Array, Batch], jax.Array]
+
+    def evaluate(self, state: fb.BilevelState, data: Data) -> Evaluation:
+        """How good a state is."""
+        u, projected = self.second_stage(state, data)
+        loss = jnp.mean((projected(data.validation) - data.validation.y) ** 2)
+        predictions = self.structural(state.outer_params, u, data.points)
+        return Evaluation(predictions * data.y_std + data.y_mean, loss * data.y_std**2)
 
 
 @cache
-def _solver(method: str, setting: Setting, own: tuple[tuple[str, float], ...]) -> Solver:
+def solver_of(
+    method: str, setting: Setting, own: tuple[tuple[str, float], ...] = (), num_treatments: int = 1
+) -> Solver:
+    """The solver of a method with hyper-parameters of its own; the same arguments give the same object."""
     estimator: Any = METHODS[method].build
     instrumental = method != REGRESSION
-    ridge = setting.outer_ridge
+    ridge, k = setting.outer_ridge, setting.treatment_features(num_treatments)
     psi, xi, phi = (
         Net(widths, setting.linear_part)
         for widths in (setting.treatment_widths, setting.covariate_widths, setting.instrument_widths)
     )
     features = fb.from_linen(phi)
-    h = fb.variable_projection(features, setting.treatment_features, ridge=2 * setting.inner_ridge)
+    h = fb.variable_projection(features, k, ridge=2 * setting.inner_ridge)
     if not instrumental:  # no inner level: the follower is a mere zero
         h = fb.from_function(lambda key, z: jnp.zeros(()), lambda theta, z: theta * jnp.ones(len(z)))
     schedule: Any = optax.cosine_decay_schedule(setting.outer_learning_rate, setting.num_outer_steps)
@@ -79,7 +92,7 @@ def _solver(method: str, setting: Setting, own: tuple[tuple[str, float], ...]) -
     bilevel = fb.bilevel(
         problem,
         h,
-        estimator(features, setting, **dict(own)),
+        estimator(features, setting, k, **dict(own)),
         inner_optimizer=adam(setting.inner_learning_rate, 0.0),
         outer_optimizer=adam(schedule, 0.0),
         inner_steps=setting.inner_steps if instrumental else 1,
@@ -93,7 +106,7 @@ def _solver(method: str, setting: Setting, own: tuple[tuple[str, float], ...]) -
     def batches(data: Data) -> tuple[Batch, Batch]:
         return (data.inner, data.outer) if instrumental else (data.inner, whole(data))
 
-    def evaluate(state: fb.BilevelState, data: Data) -> Evaluation:
+    def second_stage(state: Any, data: Data) -> tuple[jax.Array, Callable[[Batch], jax.Array]]:
         omega = state.outer_params
         if instrumental:
             h_fitted = fb.predictor(problem, h, omega, state.inner_params, data.inner, state.model_state)
@@ -107,11 +120,12 @@ def _solver(method: str, setting: Setting, own: tuple[tuple[str, float], ...]) -
 
         sample = batches(data)[1]
         u = ridge_regression(seen(sample), sample.y, ridge)
-        structural = with_covariates(omega, treatment(omega, data.points), data.points) @ u
-        loss = jnp.mean((seen(data.validation) @ u - data.validation.y) ** 2)
-        return Evaluation(structural * data.y_std + data.y_mean, loss * data.y_std**2)
+        return u, lambda batch: seen(batch) @ u
 
-    return Solver(bilevel, init, batches, evaluate)
+    def structural(omega: OuterParams, u: jax.Array, batch: Batch) -> jax.Array:
+        return with_covariates(omega, treatment(omega, batch), batch) @ u
+
+    return Solver(bilevel, init, batches, second_stage, structural)
 
 
 def fit(
@@ -124,7 +138,7 @@ def fit(
     common = {name: value for name, value in hyper.items() if name in Setting._fields}
     own = tuple(sorted((name, value) for name, value in hyper.items() if name not in common))
     setting = setting._replace(**common)
-    solver = _solver(method, setting, own)
+    solver = solver_of(method, setting, own)
     stacked: Data = jax.tree.map(lambda *a: jnp.stack(a), *data)
     batches = jax.vmap(solver.batches)(stacked)
     keys = jnp.stack([jax.random.key(seed) for seed in seeds])
