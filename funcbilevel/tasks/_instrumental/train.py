@@ -38,8 +38,9 @@ class Solver(NamedTuple):
         bilevel: the solver.
         init: `(key, data) -> state`.
         batches: `data -> (inner batch, outer batch)`.
-        second_stage: `(state, data) -> (u, E[f(p, c) | z] at a batch)`: the second stage fitted to the outer sample. Of
-            the state it reads outer_params, inner_params and model_state.
+        second_stage: `(state, data) -> (u, seen)`: the second stage fitted to the outer sample, and its features of a
+            batch, so that `seen(batch) @ u` is E[f(p, c) | z]. Of the state it reads outer_params, inner_params and
+            model_state.
         structural: `(omega, u, batch) -> f(p, c)`, [n].
     """
 
@@ -51,20 +52,21 @@ class Solver(NamedTuple):
 
     def evaluate(self, state: fb.BilevelState, data: Data) -> Evaluation:
         """How good a state is."""
-        u, projected = self.second_stage(state, data)
-        loss = jnp.mean((projected(data.validation) - data.validation.y) ** 2)
+        u, seen = self.second_stage(state, data)
+        loss = jnp.mean((seen(data.validation) @ u - data.validation.y) ** 2)
         predictions = self.structural(state.outer_params, u, data.points)
         return Evaluation(predictions * data.y_std + data.y_mean, loss * data.y_std**2)
 
 
 @cache
-def solver_of(
-    method: str, setting: Setting, own: tuple[tuple[str, float], ...] = (), num_treatments: int = 1
-) -> Solver:
-    """The solver of a method with hyper-parameters of its own; the same arguments give the same object."""
+def _solver(method: str, setting: Setting, own: tuple[tuple[str, float], ...]) -> Solver:
+    return solver_of(method, setting, own)
+
+
+def solver_of(method: str, setting: Setting, own: tuple[tuple[str, float], ...], num_treatments: int = 1) -> Solver:
+    """The solver of a method with hyper-parameters of its own; rates and ridges of the setting may be traced."""
     estimator: Any = METHODS[method].build
-    instrumental = method != REGRESSION
-    ridge, k = setting.outer_ridge, setting.treatment_features(num_treatments)
+    instrumental, ridge, k = method != REGRESSION, setting.outer_ridge, setting.treatment_features(num_treatments)
     psi, xi, phi = (
         Net(widths, setting.linear_part)
         for widths in (setting.treatment_widths, setting.covariate_widths, setting.instrument_widths)
@@ -119,8 +121,7 @@ def solver_of(
                 return with_covariates(omega, treatment(omega, batch), batch)
 
         sample = batches(data)[1]
-        u = ridge_regression(seen(sample), sample.y, ridge)
-        return u, lambda batch: seen(batch) @ u
+        return ridge_regression(seen(sample), sample.y, ridge), seen
 
     def structural(omega: OuterParams, u: jax.Array, batch: Batch) -> jax.Array:
         return with_covariates(omega, treatment(omega, batch), batch) @ u
@@ -138,7 +139,7 @@ def fit(
     common = {name: value for name, value in hyper.items() if name in Setting._fields}
     own = tuple(sorted((name, value) for name, value in hyper.items() if name not in common))
     setting = setting._replace(**common)
-    solver = solver_of(method, setting, own)
+    solver = _solver(method, setting, own)
     stacked: Data = jax.tree.map(lambda *a: jnp.stack(a), *data)
     batches = jax.vmap(solver.batches)(stacked)
     keys = jnp.stack([jax.random.key(seed) for seed in seeds])
@@ -150,7 +151,7 @@ def fit(
     state, metrics = fb.train(
         solver.bilevel._replace(step=jax.vmap(solver.bilevel.step)),
         jax.jit(jax.vmap(solver.init))(keys, stacked),
-        jax.tree_util.Partial(_constant, batches),
+        jax.tree_util.Partial(constant, batches),
         setting.num_outer_steps,
         chunk=min(50, setting.num_outer_steps),
         callback=mean_over_seeds,
@@ -161,7 +162,9 @@ def fit(
     return evaluation, {name: values[-1] for name, values in metrics.items()}
 
 
-def _constant(batches: Any, key: jax.Array, step: jax.Array) -> Any:
+def constant(batches: Any, key: jax.Array, step: jax.Array) -> Any:
+    """For `fb.train`: the same batches at every step."""
+    del key, step
     return batches
 
 
