@@ -188,7 +188,7 @@ class NeuralIV(BaseEstimator):
             WeakInstrumentWarning: a first-stage F statistic is below 104.7.
         """
         self._check_parameters()
-        p: Array = validate_data(self, X, dtype=np.float64, ensure_min_samples=4)
+        p: Any = validate_data(self, X, dtype=np.float64, ensure_min_samples=4)
         z, y, c = _table(Z, "Z"), _outcomes(Y), _covariates(W, len(p))
         check_consistent_length(p, z, y, c)
         self.n_instruments_in_, self.n_covariates_in_ = z.shape[1], c.shape[1]
@@ -321,7 +321,7 @@ class NeuralIV(BaseEstimator):
     def _inputs(self, X: Any, W: Any, Z: Any = None) -> Batch:
         """Inputs of a fitted ensemble, checked and standardised."""
         check_is_fitted(self)
-        p: Array = validate_data(self, X, dtype=np.float64, reset=False)
+        p: Any = validate_data(self, X, dtype=np.float64, reset=False)
         c = _covariates(W, len(p))
         z = None if Z is None else _table(Z, "Z")
         check_consistent_length(p, c, z)

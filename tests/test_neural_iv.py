@@ -89,10 +89,13 @@ def test_several_treatments_units_and_pandas():
     assert again.score(X, Z, Y) == model.score(X, Z, Y)
 
 
-@pytest.mark.parametrize("options", [{"method": "dfiv"}, {"method": "aid-cg"}, {"method": "funcid-learned"}])
-def test_other_ways_to_train(options):
+@pytest.mark.parametrize(
+    "method",
+    ["dfiv", *(pytest.param(name, marks=pytest.mark.slow) for name in ("aid-cg", "funcid-learned"))],
+)
+def test_other_ways_to_train(method):
     X, Z, Y, W = confounded(60, 0)
-    model = NeuralIV(**TINY, **options, sample="split", bootstrap=False, random_state=0).fit(X, Z, Y, W)
+    model = NeuralIV(**TINY, method=method, sample="split", bootstrap=False, random_state=0).fit(X, Z, Y, W)
     assert np.isfinite(model.predict_interval(X, W)).all()
     assert np.isfinite(model.validation_loss_).all()
 
