@@ -46,6 +46,12 @@ def _check_range(function: str, name: str, value: Any, expected: str, holds: Cal
         raise ValueError(f"{function}: {name} must be a finite number {expected}, got {value!r}.")
 
 
+def check_correction(function: str, correction: Any) -> bool:
+    """Whether there is a correction at all: a finite number >= 0, that is not 0."""
+    check_at_least(function, "correction", correction, 0.0)
+    return isinstance(correction, Tracer) or float(correction) != 0.0
+
+
 # Functions and optimizers.
 
 

@@ -12,9 +12,9 @@ from funcbilevel._arguments import (
     as_float_tree,
     check_callable,
     check_key,
-    check_leading_axis,
     check_number,
     check_optimizer,
+    signature_of,
 )
 from funcbilevel._check import (
     check_estimator_state,
@@ -32,12 +32,13 @@ from funcbilevel._check import (
 )
 from funcbilevel._data import Form, batch_form
 from funcbilevel._described import describe, described, fields_that_differ
-from funcbilevel._draws import Minibatches, Sampler, draw
+from funcbilevel._draws import FiniteSum, Minibatches, Sampler, check_draws, draw, placed, run_steps
 from funcbilevel._estimator import Estimator, Hypergradient, InnerSolution, InnerSolve
 from funcbilevel._fit import FitState, fit
 from funcbilevel._model import Model
-from funcbilevel._problem import FunctionalProblem, Problem, mean_over_devices, training_value_and_grad
-from funcbilevel._tree import all_finite, stays_finite, tree_add_scaled, tree_norm, tree_where
+from funcbilevel._predictor import training_value_and_grad
+from funcbilevel._problem import FunctionalProblem, Problem, mean_over_devices, reduce_over_devices
+from funcbilevel._tree import all_finite, own_buffer, stays_finite, tree_add_scaled, tree_norm, tree_where
 from funcbilevel._typing import Batch, InnerParams, Key, Metrics, ModelState, OuterParams, PyTree
 
 
@@ -60,7 +61,7 @@ def hypergradient(
     Arguments:
         problem: `FunctionalProblem` or `ParametricProblem`.
         model: the prediction model; None with a `ParametricProblem`.
-        estimator: `funcid(...)`, `aid(...)`, `itd(...)` or `alternating()`.
+        estimator: what turns the inner solution into a hypergradient: any `fb.Estimator`.
         outer_params: omega, any pytree of floats.
         inner_params: theta, the inner solution; with `itd` the point from which its T steps start.
         inner_batch, outer_batch: samples of the two distributions. The inner ones may be `Minibatches` or a `Sampler`:
@@ -101,8 +102,8 @@ def hypergradient(
         check_optimizer(name, "inner_optimizer", inner_optimizer)
     elif estimator.unroll:
         raise ValueError(
-            f"{name}: inner_optimizer is None, but fb.itd differentiates through its steps; pass the optax optimizer "
-            "of the inner level, for example inner_optimizer=optax.sgd(0.1)."
+            f"{name}: inner_optimizer is None, but fb.{estimator!r} differentiates through its steps; pass the optax "
+            "optimizer of the inner level, for example inner_optimizer=optax.sgd(0.1)."
         )
     outer_params = as_float_tree(name, "outer_params", outer_params)
     inner_params = as_float_tree(name, "inner_params", inner_params)
@@ -110,10 +111,15 @@ def hypergradient(
     if key is not None:
         check_key(name, key)
     inner_key, init_key, estimator_key = (None, None, None) if key is None else jax.random.split(key, 3)
-    batch = draw(name, inner_batch, _draw_key(inner_key), estimator.unroll, estimator.unroll or None)
+    if estimator.unroll:
+        check_draws(name, inner_batch, estimator.unroll)
+    batch = draw(name, inner_batch, _draw_key(inner_key), estimator.unroll)
     lower = (inner_params, model_state)
     check_parameters(name, problem, model, *lower, batch)
-    check_objectives(name, problem, model, estimator, outer_params, *lower, batch, outer_batch, set())
+    check_objectives(
+        *(name, problem, model, estimator, outer_params, *lower, batch, outer_batch, set()),
+        reached=_takes_outer_params(inner_optimizer),
+    )
     check_uses_parameters(name, problem, model, *lower, batch)
 
     opt_state = () if inner_optimizer is None else inner_optimizer.init(inner_params)
@@ -129,7 +135,7 @@ def hypergradient(
         "inner_finite": all_finite(inner.fit.params, inner.fit.model_state) & ~inner.diverged,
         "outer_finite": _outer_finite(result, outer_params, result.gradient),
     }
-    metrics = _reduce(problem, metrics)
+    metrics = reduce_over_devices(problem, metrics)
     warn_of_assumptions(name, metrics)
     return result._replace(metrics=metrics)
 
@@ -165,6 +171,20 @@ class BilevelState(NamedTuple):
         return fields_that_differ(self)
 
 
+class Setup(NamedTuple):
+    """What a solver was made of: the attribute `setup` of its `init`.
+
+    Attributes:
+        problem, model, estimator: as given.
+        seen: `(outer_params, outer_model_state, inner_batch, key)` -> what the objectives get for omega, and more.
+    """
+
+    problem: Problem
+    model: Model | None
+    estimator: Estimator
+    seen: Callable[[OuterParams, ModelState, Batch, Key], tuple[PyTree, ModelState, Any]]
+
+
 class _Init(Protocol):
     def __call__(
         self, key: Key, outer_params: OuterParams, inner_batch: Batch, inner_params: InnerParams | None = None
@@ -185,8 +205,9 @@ class BilevelSolver(NamedTuple):
             initial ones; with a `ParametricProblem` they must be given, and inner_batch may be None. outer_params may
             be None with an `outer_model`: its initial ones.
         step: `(state, inner_batch, outer_batch) -> (state, metrics)`, one outer step. Jit it.
-        run: `(state, inner_batches, outer_batches) -> (state, metrics)`, one scan over the leading axis of the
-            batches; metrics have that leading axis too. (A `Sampler` is one for all steps.)
+        run: `(state, inner_batches, outer_batches) -> (state, metrics)`, one scan over the leading axis of the batches;
+            metrics have that leading axis too. (A `Sampler` or a `FiniteSum` is one for all steps; where both are, pass
+            `num_steps=`.)
 
     Metrics are a flat dict of scalars: `outer_objective`; `inner_objective` (at the last inner step, before its
     update, in train mode); `hypergradient_norm`, `explicit_norm`, `implicit_norm`; `inner_finite`,
@@ -200,7 +221,7 @@ class BilevelSolver(NamedTuple):
 
     init: _Init
     step: Callable[[BilevelState, Batch, Batch], tuple[BilevelState, Metrics]]
-    run: Callable[[BilevelState, Batch, Batch], tuple[BilevelState, Metrics]]
+    run: Callable[..., tuple[BilevelState, Metrics]]
 
     def __repr__(self) -> str:
         return describe(self)
@@ -227,14 +248,16 @@ def bilevel(
     Arguments:
         problem: `FunctionalProblem` or `ParametricProblem`.
         model: the prediction model; None with a `ParametricProblem`.
-        estimator: `funcid(...)`, `aid(...)`, `itd(...)` or `alternating()`: swapping it changes nothing else.
+        estimator: any `fb.Estimator`; swapping it changes nothing else.
         inner_optimizer, outer_optimizer: any optax optimizers (schedules, clipping, weight decay, `MultiSteps`, line
             searches such as `optax.lbfgs()`). The outer one is given `value`, `grad` and `value_fn` too, for those that
             use them: `value_fn` is omega -> L_out after M inner steps at that omega, from this outer step's start, and
-            its derivative the estimator's hypergradient. Each evaluation costs a whole outer step.
+            its derivative the estimator's hypergradient. Each evaluation costs a whole outer step. The inner one
+            is given `outer_params`, for `proximal`.
         inner_steps: M >= 1. All M see `inner_batch`, and so does the hypergradient, unless `inner_batch` is
-            `Minibatches` (a batch for each) or a `Sampler` (a fresh draw for each); ITD differentiates through each
-            step at its own batch.
+            `Minibatches` (a batch for each), a `Sampler` or a `FiniteSum` (a fresh draw for each); the outer batch may
+            be one of the last two as well, of which each outer step draws once. ITD differentiates through each step at
+            its own batch.
         inner_init: `(outer_params, key, inner_batch) -> inner_params`: where the inner level starts at every outer
             step, with a fresh optimizer state, instead of where the step before ended. For meta-learning, where every
             outer step brings new tasks. ITD with T = M differentiates through it, too (MAML: the start is omega).
@@ -279,8 +302,8 @@ def bilevel(
     check_number(name, "inner_steps", inner_steps)
     if estimator.unroll > inner_steps:
         raise ValueError(
-            f"{name}: fb.itd's num_steps={estimator.unroll} exceeds inner_steps={inner_steps}; it can only go back "
-            "through steps that are made. Raise inner_steps or lower num_steps."
+            f"{name}: inner_steps={inner_steps}, but fb.{estimator!r} differentiates through {estimator.unroll} of "
+            "them; it can only go back through steps that are made. Raise inner_steps, or lower that number."
         )
     if inner_init is not None:
         check_callable(name, "inner_init", inner_init)
@@ -315,7 +338,8 @@ def bilevel(
     ) -> BilevelState:
         check_key("init", key, outer_params)
         key, model_key, estimator_key = jax.random.split(key, 3)
-        batch = draw("init", inner_batch, key, 0, inner_steps)
+        check_draws("init", inner_batch, inner_steps)
+        batch = draw("init", inner_batch, key, 0)
         outer_model_state: ModelState = ()
         if outer_model is not None:
             outer_key = jax.random.fold_in(key, 1)
@@ -359,13 +383,18 @@ def bilevel(
             outer_model_state=outer_model_state,
             batch_form=batch_form(batch),
         )
-        return jax.tree.map(_own, state)
+        return jax.tree.map(own_buffer, state)
 
     def step(state: BilevelState, inner_batch: Batch, outer_batch: Batch) -> tuple[BilevelState, Metrics]:
         omega = state.outer_params
         key, inner_key, estimator_key, outer_key = jax.random.split(state.key, 4)
-        batch = draw("step", inner_batch, _draw_key(inner_key), inner_steps, inner_steps)
-        if outer_model is not None and isinstance(inner_batch, (Minibatches, Sampler)):
+        check_draws("step", inner_batch, inner_steps)
+        inner_batch = placed(inner_batch, state.step * (inner_steps + 1))
+        batch = draw("step", inner_batch, _draw_key(inner_key), inner_steps)
+        if isinstance(outer_batch, Minibatches):
+            raise TypeError("step: outer_batch is fb.Minibatches, but an outer step draws one alone; pass one batch.")
+        outer_batch = draw("step", placed(outer_batch, state.step), _draw_key(outer_key), 0, "outer_batch")
+        if outer_model is not None and isinstance(inner_batch, (Minibatches, Sampler, FiniteSum)):
             raise ValueError(
                 f"step: inner_batch is fb.{type(inner_batch).__name__}, but outer_model is evaluated once per outer "
                 "step, on one batch; pass one batch, or call the outer network in the objectives."
@@ -382,7 +411,8 @@ def bilevel(
         def evaluate(omega: OuterParams) -> tuple[InnerSolution, Hypergradient, OuterParams, ModelState]:
             """The inner solution at omega, the hypergradient as the objectives see omega, and by omega itself."""
             f, outer_model_state, pull_back = seen(omega, state.outer_model_state, batch, outer_key)
-            lower, reached = (before.params, before.model_state), inner_init is not None
+            lower = (before.params, before.model_state)
+            reached = inner_init is not None or _takes_outer_params(inner_optimizer)
             check_objectives("step", problem, model, estimator, f, *lower, batch, outer_batch, told, reached=reached)
             solve = _inner_solve(
                 problem, model, inner_optimizer, estimator.unroll, start, inner_batch, inner_key, inner_steps, f
@@ -424,7 +454,10 @@ def bilevel(
             "outer_finite": _outer_finite(hyper, omega, gradient, new_omega, outer_model_state)
             & stays_finite(state.outer_opt_state, outer_opt_state),
         }
-        inner_finite, metrics = _reduce(problem, {"": inner_finite})[""], _reduce(problem, metrics)
+        inner_finite, metrics = (
+            reduce_over_devices(problem, {"": inner_finite})[""],
+            reduce_over_devices(problem, metrics),
+        )
         all_levels = inner_finite & metrics["adjoint_finite"] & metrics["outer_finite"]
         after = tree_where(inner_finite, inner.fit, before)
         new_omega, outer_opt_state, outer_model_state, estimator_state = tree_where(
@@ -446,17 +479,23 @@ def bilevel(
         )
         return new_state, metrics
 
-    def run(state: BilevelState, inner_batches: Batch, outer_batches: Batch) -> tuple[BilevelState, Metrics]:
-        if isinstance(inner_batches, Sampler):
-            check_leading_axis("run", "outer steps", outer_batches=outer_batches)
-            return jax.lax.scan(lambda s, outer_batch: step(s, inner_batches, outer_batch), state, outer_batches)
-        check_leading_axis("run", "outer steps", inner_batches=inner_batches, outer_batches=outer_batches)
-        return jax.lax.scan(lambda s, batches: step(s, *batches), state, (inner_batches, outer_batches))
+    def run(
+        state: BilevelState, inner_batches: Batch, outer_batches: Batch, num_steps: int | None = None
+    ) -> tuple[BilevelState, Metrics]:
+        return run_steps(step, state, inner_batches, outer_batches, num_steps)
 
-    return BilevelSolver(init, step, run)
+    solver: Any = BilevelSolver(init, step, run)
+    solver.init.setup = Setup(problem, model, estimator, seen)  # for `diagnose`, as its description is for `repr`
+    return solver
 
 
 _DRAW_STREAM, _INIT_STREAM = 0xD7A, 0x1217  # keep these keys apart from those of the inner steps
+
+
+def _takes_outer_params(optimizer: optax.GradientTransformation | None) -> bool:
+    """Whether omega reaches the inner level through the optimizer's steps, as in `proximal`."""
+    signature = None if optimizer is None else signature_of(optimizer.update)
+    return signature is not None and "outer_params" in signature.parameters
 
 
 def _draw_key(inner_key: Key | None) -> Key | None:
@@ -489,10 +528,20 @@ def _inner_solve(
 
         def value_and_grad(theta: InnerParams, model_state: ModelState, key: Key | None, i: jax.Array) -> Any:
             batch = draw("step", inner_batch, draw_key, i)
-            return training_value_and_grad(problem, model, outer_params, batch)(theta, model_state, key)
+            (value, (aux, model_state)), grad = training_value_and_grad(problem, model, outer_params, batch)(
+                theta, model_state, key
+            )
+            aux = aux | {"inner_gradient_norm": tree_norm(jax.lax.stop_gradient(grad))}
+            return (value, (aux, model_state)), grad
 
         before = reached.fit
-        result = fit(value_and_grad, optimizer, num_steps, before, key, first_step=first_step, remat=remat)
+        result = fit(
+            *(value_and_grad, optimizer, num_steps, before, key),
+            first_step=first_step,
+            remat=remat,
+            # Not to others: the line searches of optax refuse what they do not know.
+            **({"outer_params": outer_params} if _takes_outer_params(optimizer) else {}),
+        )
         size_before, size = (tree_norm(jax.lax.stop_gradient(x.params)) for x in (before, result.state))
         diverged = (jnp.abs(result.value) > 1e6 * jnp.abs(result.first)) & (size > 1e3 * (1.0 + size_before))
         return InnerSolution(
@@ -526,19 +575,3 @@ def _averaged(problem: Problem, outer_params: OuterParams, hyper: Hypergradient)
 def _outer_finite(hyper: Hypergradient, *others: PyTree) -> jax.Array:
     """That the outer level's numbers are finite: what the estimator says of d, the value, and `others`."""
     return all_finite(hyper.outer_value, *others) & hyper.metrics.get("outer_finite", True)
-
-
-def _reduce(problem: Problem, metrics: Metrics) -> Metrics:
-    """Metrics over all devices of the problem's mapped axis: means, and whether a flag is true on every one."""
-
-    def reduce(x: jax.Array) -> jax.Array:
-        if x.dtype != jnp.bool_:
-            return mean_over_devices(problem, x)
-        return mean_over_devices(problem, x.astype(jnp.float32)) == 1.0
-
-    return metrics if problem.axis_name is None else jax.tree.map(reduce, metrics)
-
-
-def _own(x: Any) -> Any:
-    """x in a buffer of its own, lest a donating step meets it twice; without weak type, lest it compiles twice."""
-    return jnp.copy(jax.lax.convert_element_type(x, x.dtype) if getattr(x, "weak_type", False) else x)

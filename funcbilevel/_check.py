@@ -40,7 +40,7 @@ def check_setup(function: str, problem: Any, model: Any, estimator: Any) -> None
     if not isinstance(estimator, Estimator):
         raise TypeError(
             f"{function}: estimator must be an fb.Estimator, got {estimator!r}; make one with fb.funcid(...), "
-            "fb.aid(...), fb.itd(...) or fb.alternating()."
+            "fb.aid(...), fb.itd(...) or another function that returns one."
         )
     for part in ("init", "estimate"):
         check_callable(function, f"estimator.{part}", getattr(estimator, part))
@@ -52,8 +52,8 @@ def check_setup(function: str, problem: Any, model: Any, estimator: Any) -> None
             )
         if estimator.functional:
             raise TypeError(
-                f"{function}: fb.funcid needs an fb.FunctionalProblem, got a ParametricProblem; write the objectives "
-                "on the prediction, or use fb.aid, fb.itd or fb.alternating."
+                f"{function}: fb.{estimator!r} needs an fb.FunctionalProblem, got a ParametricProblem; write the "
+                "objectives on the prediction, or use fb.aid, fb.itd or fb.alternating."
             )
     elif model is None:
         raise ValueError(
@@ -154,6 +154,8 @@ def check_objectives(
     lower = (inner_params, model_state)
     check_axis(function, problem)
     inner_sees = check_inner(function, problem, model, outer_params, *lower, inner_batch, told)
+    if estimator.by_values:
+        return
     name, (outer_sees, sees_u) = _dependences(function, problem, model, outer_params, lower, outer_batch, "outer", told)
     if not (sees_u or outer_sees):
         raise ValueError(
@@ -168,7 +170,7 @@ def check_objectives(
                 f"{function}: outer_objective does not depend on outer_params, and {estimator!r} takes no derivative "
                 "but that one: the hypergradient is zero and nothing will move; use fb.funcid, fb.aid or fb.itd.",
             )
-    elif not (inner_sees or reached):
+    elif not (inner_sees or reached or estimator.reaches):
         consequence = "" if outer_sees else "; nor does outer_objective: the hypergradient is zero, nothing will move"
         _warn(
             told,
@@ -521,7 +523,7 @@ def warn_of_run(function: str, metrics: dict[str, Any]) -> None:
 NOT_STATIONARY = (
     "Take more inner steps or a larger inner learning rate, or differentiate through the steps that were made with "
     "fb.itd; a solution with active constraints or at a kink (non-negative least squares, lasso) never becomes "
-    "stationary: fb.itd through projected or proximal steps is right there."
+    "stationary: fb.prox_aid is right there, or fb.itd through the steps of fb.proximal."
 )
 INPUTS_DIFFER = (
     "the two batches hold different inputs (adjoint_inputs_match is false), and fb.pointwise_adjoint gives the value "

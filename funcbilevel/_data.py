@@ -14,7 +14,7 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from funcbilevel._arguments import check_callable, check_like
-from funcbilevel._draws import Minibatches, Sampler
+from funcbilevel._draws import FiniteSum, Minibatches, Sampler
 from funcbilevel._tracing import programs
 from funcbilevel._typing import Batch, Key, PyTree
 
@@ -108,7 +108,7 @@ def _dtype(leaf: Any) -> Any:
 
 def check_form(started_with: Form, pair: Pair, seeds: tuple[int, ...], data: Any) -> None:
     """That inner batches look like the one that `init` saw, for a solver over seeds with their axes in front."""
-    if not started_with or isinstance(pair[0], Sampler) or _fits(started_with, pair[0], seeds):
+    if not started_with or isinstance(pair[0], (Sampler, FiniteSum)) or _fits(started_with, pair[0], seeds):
         return
     mistaken = is_itself_a_pair(data) and _fits(started_with, data[0], seeds)
     reason = f"data is itself one pair, and was read as two steps; {_REPEAT}" if mistaken else _REPEAT

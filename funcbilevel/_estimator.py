@@ -1,5 +1,6 @@
 """The protocol that every estimator follows: types only."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -10,10 +11,12 @@ from funcbilevel._model import Model
 from funcbilevel._problem import FunctionalProblem
 from funcbilevel._typing import (
     Batch,
+    InnerParams,
     Inputs,
     Key,
     LinearMap,
     Metrics,
+    ModelState,
     OuterParams,
     Prediction,
     PyTree,
@@ -53,7 +56,8 @@ class InnerSolution(NamedTuple):
 
     Attributes:
         fit: inner_params, optimizer state and model state.
-        metrics: `inner_objective` and the inner aux at the last step; empty if no step was taken.
+        metrics: `inner_objective`, `inner_gradient_norm` (of the gradient that the optimizer was given) and the inner
+            aux at the last step, before its update; empty if no step was taken.
         diverged: whether the objective and the parameters grew without limit in these steps, finite as they may be.
     """
 
@@ -92,6 +96,52 @@ class Estimate(Protocol):
     ) -> tuple[InnerSolution, Hypergradient]: ...
 
 
+class Layer(Protocol):
+    def __call__(
+        self,
+        problem: Any,
+        model: Model | None,
+        outer_params: OuterParams,
+        inner_params: InnerParams,
+        model_state: ModelState,
+        inner_batch: Batch,
+        /,
+    ) -> Any: ...
+
+
+class Call(NamedTuple):
+    """The arguments of `Estimate`, in their order."""
+
+    problem: Any
+    model: Any
+    solve: InnerSolve
+    outer_params: OuterParams
+    inner_batch: Batch
+    outer_batch: Batch
+    state: PyTree
+    key: Key | None
+
+
+def by_call(estimate: Callable[[Call], tuple[InnerSolution, Hypergradient]]) -> Estimate:
+    """`estimate`, written on one `Call`, as the protocol calls it."""
+    return lambda *arguments: estimate(Call(*arguments))
+
+
+class Refine(Protocol):
+    def __call__(
+        self,
+        problem: Any,
+        model: Model | None,
+        solve: InnerSolve,
+        outer_params: OuterParams,
+        inner_batch: Batch,
+        outer_batch: Batch,
+        state: PyTree,
+        key: Key | None,
+        /,
+    ) -> tuple[Hypergradient, Hypergradient, Hypergradient, Hypergradient]: ...
+
+
 class Estimator(NamedTuple):
     """A way to turn an inner solution into a hypergradient, as pure functions.
 
@@ -103,7 +153,13 @@ class Estimator(NamedTuple):
             through. With 0 the inner fit is over before `estimate` is called, and `solve` only returns it.
         functional: whether it needs a `FunctionalProblem`.
         implicit: whether it estimates the implicit part, so that inner_objective has to depend on outer_params.
+        by_values: whether it goes by values of the objectives, whose derivatives by outer_params may be zero.
         description: the call that made it, for `repr`.
+        refine: called as `estimate` is, for `hypergradient_error`: the estimate; that with its adjoint refined twice;
+            and two, each after one more Newton step of the inner level and refinement of the adjoint. None: without.
+        reaches: whether outer_params may reach the inner solution otherwise than through inner_objective.
+        layer: `(problem, model, outer_params, inner_params, model_state, inner_batch)` -> inner_params, or a
+            `Predictor` where there is a model, with their derivative: what `argmin` gives. None: it has none.
     """
 
     init: EstimatorInit
@@ -111,7 +167,11 @@ class Estimator(NamedTuple):
     unroll: int = 0
     functional: bool = False
     implicit: bool = True
+    by_values: bool = False
     description: str = ""
+    refine: Refine | None = None
+    reaches: bool = False
+    layer: Layer | None = None
 
     def __repr__(self) -> str:
         return describe(self)
@@ -152,6 +212,12 @@ class AdjointFit(Protocol):
     ) -> tuple[Prediction, PyTree, Metrics]: ...
 
 
+class AdjointNewton(Protocol):
+    def __call__(
+        self, system: AdjointSystem, model: Model, inner: FitState, state: PyTree, key: Key | None, /
+    ) -> tuple[Prediction, Prediction, PyTree, Metrics]: ...
+
+
 class Adjoint(NamedTuple):
     """A way to represent and fit the adjoint function of FuncID, as pure functions.
 
@@ -159,11 +225,18 @@ class Adjoint(NamedTuple):
         init: `(key, problem, model, inner, inner_batch) -> state`.
         fit: `(system, model, inner, state, key) -> (a(x_P), state, metrics)`.
         description: the call that made it, for `repr`.
+        newton: the Newton step N of the inner problem in the same class of functions, for `funcid`'s correction:
+            `(system, model, inner, state, key) -> (N(x_P), N(x_Q), state, metrics)`, with system.d = d_v L_in at v_P. N
+            minimises 1/2 <N(x_P), C[N(x_P)]> - <N(x_P), system.d>; state is a second one made by `init`. None: no
+            correction.
+        linear: whether a(x_P) is linear in d, and differentiable by JAX in all of the system, as an exact solution is.
     """
 
     init: AdjointInit
     fit: AdjointFit
     description: str = ""
+    newton: AdjointNewton | None = None
+    linear: bool = False
 
     def __repr__(self) -> str:
         return describe(self)

@@ -58,11 +58,12 @@ def fit(
     *,
     first_step: int = 0,
     remat: bool = False,
+    **extra: Any,
 ) -> Fit:
     """Runs `num_steps` optimizer steps; step i gets its number `first_step + i`, and the key folded with it.
 
     Optimizers that take extra arguments (line searches, `reduce_on_plateau`, ...) get `value`, `grad` and
-    `value_fn` as `optax` names them.
+    `value_fn` as `optax` names them, and what is in `extra`.
     """
     update = optax.with_extra_args_support(optimizer).update
 
@@ -74,7 +75,7 @@ def fit(
         def value_fn(params: PyTree, **_: Any) -> jax.Array:
             return value_and_grad(params, model_state, step_key, i)[0][0]
 
-        updates, opt_state = update(grad, opt_state, params, value=value, grad=grad, value_fn=value_fn)
+        updates, opt_state = update(grad, opt_state, params, value=value, grad=grad, value_fn=value_fn, **extra)
         params = optax.apply_updates(params, updates)
         return FitState(params, opt_state, new_model_state), (value, metrics)
 

@@ -1,15 +1,17 @@
-"""Solvers of the linear system A u = b that AID meets, A = d^2_theta L_in + damping * I given by its products."""
+"""Solvers of linear systems A u = b, A given by its products: AID's, A = d^2_theta L_in + damping * I, and others."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import jax.scipy.sparse.linalg as sparse
+from jax.flatten_util import ravel_pytree
 
-from funcbilevel._arguments import check_at_least, check_number, check_positive
+from funcbilevel._arguments import check_at_least, check_callable, check_like, check_number, check_positive
 from funcbilevel._described import describe, described
 from funcbilevel._tree import (
     tree_add_scaled,
@@ -27,8 +29,12 @@ if TYPE_CHECKING:
     import lineax
 
 
+Preconditioner: TypeAlias = Callable[[LinearMap, PyTree], LinearMap]
+"""`(matvec, rhs) -> (r -> z)`: a map near the inverse of the matrix, made once per solve."""
+
+
 class LinearSolver(NamedTuple):
-    """An approximate solver of A u = b for a symmetric A.
+    """An approximate solver of A u = b for a symmetric A; for any square A, if it has `solve_general`.
 
     Attributes:
         solve: `(matvec, rhs, initial) -> solution`; all but `matvec` (A as a function) are pytrees like inner_params
@@ -37,25 +43,86 @@ class LinearSolver(NamedTuple):
             at least, and `rhs` is scaled to a size near one, so that no inner product under- or overflows.
         damping: delta >= 0, added to the diagonal before `solve` sees the matrix.
         description: the call that made it, for `repr`.
+        solve_general: `(matvec, rhs) -> solution` for an A that need not be symmetric, from zero; None: the solver is
+            for symmetric A alone.
     """
 
     solve: Callable[[LinearMap, PyTree, PyTree | None], PyTree]
     damping: float = 0.0
     description: str = ""
+    solve_general: Callable[[LinearMap, PyTree], PyTree] | None = None
 
     def __repr__(self) -> str:
         return describe(self)
 
 
 @described
-def cg(num_steps: int, damping: float = 0.0, rtol: float = 0.0) -> LinearSolver:
+def cg(
+    num_steps: int, damping: float = 0.0, rtol: float = 0.0, preconditioner: Preconditioner | None = None
+) -> LinearSolver:
     """Conjugate gradients: one Hessian product per step; for a positive definite Hessian.
 
-    Where the curvature along a step's direction is negative, or zero to rounding, there is nothing to minimise: the
-    solver stops with its best iterate, and `linear_converged` in the metrics is false.
+    Where the curvature along a step's direction is negative, or zero to rounding, there is nothing to minimise, and the
+    solver stops. Then, and where its last iterate is worse than zero, as on batches of fewer samples than parameters,
+    it gives the average of its iterates that has the smallest residual: `linear_residual` is at most 1, and
+    `linear_converged` in the metrics is false.
 
     Arguments:
         num_steps: largest number of steps K >= 1.
+        damping: delta >= 0, added to the Hessian's diagonal.
+        rtol: stops before `num_steps` once the relative residual is at most this (or is rounding error).
+        preconditioner: `(matvec, rhs) -> (r -> z)`, called once per solve: from the products with A = H + delta I and
+            the right-hand side it makes a symmetric positive definite linear map near the inverse of A, on pytrees like
+            inner_params: a diagonal, a Kronecker-factored one, or that of `nystrom_cg`. What it closes over is held
+            fixed from one outer step to the next; what depends on the current point it must find by products.
+
+    Raises:
+        ValueError: an argument is out of range; (at trace time) z is not like r.
+        TypeError: `preconditioner` is not callable.
+
+    Example:
+        >>> estimator = fb.aid(fb.cg(20, damping=1e-3))
+        >>> scale = jnp.array([1.0, 1e-4])  # about the inverse of the Hessian's diagonal
+        >>> estimator = fb.aid(fb.cg(20, preconditioner=lambda matvec, rhs: lambda r: scale * r))
+
+    References:
+        Lorraine, Vicol, Duvenaud, AISTATS 2020, https://arxiv.org/abs/1911.02590 (implicit differentiation);
+        Hestenes and Stiefel, 1952 (the method).
+    """
+    _check("cg", num_steps, damping, rtol)
+    if preconditioner is not None:
+        check_callable("cg", "preconditioner", preconditioner, "matvec, rhs")
+
+    def solve(matvec: LinearMap, rhs: PyTree, initial: PyTree | None) -> PyTree:
+        M = None if preconditioner is None else preconditioner(matvec, rhs)
+        return conjugate_gradients(matvec, rhs, initial, num_steps, rtol, preconditioner=M)
+
+    return LinearSolver(solve, damping)
+
+
+@described
+def nystrom_cg(num_steps: int, rank: int, damping: float, rtol: float = 0.0) -> LinearSolver:
+    r"""Conjugate gradients on (H + delta I) u = b, preconditioned by a randomised low-rank approximation of H.
+
+    With :math:`\Omega` an orthonormal basis of `rank` random directions, the Nystroem approximation and the
+    preconditioner are
+
+    .. math::
+        \hat H = (H\Omega)(\Omega^\top H\Omega)^+(H\Omega)^\top = U \Lambda U^\top, \qquad
+        P^{-1} = (\lambda_r + \delta)\, U (\Lambda + \delta I)^{-1} U^\top + (I - U U^\top),
+
+    with :math:`\lambda_r` the smallest of the eigenvalues kept. The large eigenvalues of H are gone from the condition
+    number: about :math:`(\lambda_r + \delta) / (\lambda_{min} + \delta)` is left. It pays where the spectrum of H falls
+    over several decades and delta is small beside it; where few steps of `cg` do, it does not.
+
+    One solve costs `rank` Hessian products made together (one batched product, `rank` vectors in memory), and one for
+    each step. The directions are the same at every call (a fixed random key): the solver is deterministic, and warm
+    starts see one preconditioner drift slowly. Directions in which H is negative are left to the conjugate gradients,
+    which stop there as those of `cg`.
+
+    Arguments:
+        num_steps: largest number of steps K >= 1 after the sketch.
+        rank: r >= 1, the number of directions; at most the number of inner parameters is used.
         damping: delta >= 0, added to the Hessian's diagonal.
         rtol: stops before `num_steps` once the relative residual is at most this (or is rounding error).
 
@@ -63,25 +130,58 @@ def cg(num_steps: int, damping: float = 0.0, rtol: float = 0.0) -> LinearSolver:
         ValueError: an argument is out of range.
 
     Example:
-        >>> estimator = fb.aid(fb.cg(20, damping=1e-3))
+        >>> estimator = fb.aid(fb.nystrom_cg(10, rank=20, damping=1e-4))
 
     References:
-        Lorraine, Vicol, Duvenaud, AISTATS 2020, https://arxiv.org/abs/1911.02590 (implicit differentiation);
-        Hestenes and Stiefel, 1952 (the method).
+        Frangella, Tropp, Udell, *Randomized Nystroem preconditioning*, SIMAX 2023, https://arxiv.org/abs/2110.02820,
+        algorithm 2.1 and eq. 5.3; Hataya and Yamada, *Nystroem method for accurate and scalable implicit
+        differentiation*, AISTATS 2023, https://arxiv.org/abs/2302.09726 (for hypergradients).
     """
-    _check("cg", num_steps, damping, rtol)
+    _check("nystrom_cg", num_steps, damping, rtol)
+    check_number("nystrom_cg", "rank", rank)
 
     def solve(matvec: LinearMap, rhs: PyTree, initial: PyTree | None) -> PyTree:
-        return conjugate_gradients(matvec, rhs, initial, num_steps, rtol)
+        M = _nystrom_preconditioner(matvec, rhs, rank, damping)
+        return conjugate_gradients(matvec, rhs, initial, num_steps, rtol, preconditioner=M)
 
     return LinearSolver(solve, damping)
 
 
+def _nystrom_preconditioner(matvec: LinearMap, like: PyTree, rank: int, damping: float) -> LinearMap:
+    """P^-1 of `nystrom_cg` for the damped matrix; held fixed by differentiation."""
+    zero, unravel = ravel_pytree(like)
+    size, eps = zero.size, jnp.finfo(zero.dtype).eps
+    directions = jax.random.normal(jax.random.key(0), (size, min(rank, size)), zero.dtype)
+    Omega, _ = jnp.linalg.qr(directions)  # [m, r]
+    products = jax.vmap(lambda t: ravel_pytree(matvec(unravel(t)))[0], in_axes=1, out_axes=1)(Omega)
+    H_Omega = jax.lax.stop_gradient(products) - damping * Omega
+    # H + shift I instead of H, so that what rounding makes of its zero eigenvalues stays positive.
+    shift = eps * jnp.linalg.norm(H_Omega)
+    Y = H_Omega + shift * Omega
+    core, V = jnp.linalg.eigh(0.5 * (Omega.T @ Y + Y.T @ Omega))
+    kept = core > 0.5 * shift
+    B = Y @ (V * jnp.where(kept, jax.lax.rsqrt(jnp.where(kept, core, 1.0)), 0.0)[None])  # H_hat = B B'
+    Q, R = jnp.linalg.qr(B)
+    left, singular, _ = jnp.linalg.svd(R)
+    U, eigenvalues = Q @ left, singular**2 - shift
+    # What is zero to rounding is no direction to know about.
+    kept = eigenvalues > 2.0 * shift
+    least = jnp.min(jnp.where(kept, eigenvalues, jnp.inf))
+    scale = jnp.where(kept, (least + damping) / jnp.where(kept, eigenvalues + damping, 1.0) - 1.0, 0.0)
+
+    def precondition(r: PyTree) -> PyTree:
+        flat, _ = ravel_pytree(r)
+        return unravel(flat + U @ (scale * (U.T @ flat)))
+
+    return precondition
+
+
 @described
 def normal_cg(num_steps: int, damping: float = 0.0, rtol: float = 0.0) -> LinearSolver:
-    """Conjugate gradients on the normal equations A A u = A b: two Hessian products per step.
+    """Conjugate gradients on the normal equations A' A u = A' b: two Hessian products per step.
 
-    For an indefinite Hessian, where `cg` may break down. The condition number is squared.
+    For an indefinite Hessian, where `cg` may break down, and for an A that is not symmetric. The condition number is
+    squared.
 
     Arguments:
         num_steps: largest number of steps K >= 1.
@@ -99,17 +199,22 @@ def normal_cg(num_steps: int, damping: float = 0.0, rtol: float = 0.0) -> Linear
     def solve(matvec: LinearMap, rhs: PyTree, initial: PyTree | None) -> PyTree:
         return conjugate_gradients(lambda u: matvec(matvec(u)), matvec(rhs), initial, num_steps, rtol, power=2)
 
-    return LinearSolver(solve, damping)
+    def solve_general(matvec: LinearMap, rhs: PyTree) -> PyTree:
+        transpose = jax.linear_transpose(matvec, rhs)
+        return conjugate_gradients(lambda u: transpose(matvec(u))[0], transpose(rhs)[0], None, num_steps, rtol, power=2)
+
+    return LinearSolver(solve, damping, solve_general=solve_general)
 
 
 @described
-def gmres(num_steps: int, damping: float = 0.0, rtol: float = 0.0) -> LinearSolver:
-    """GMRES without restart: one Hessian product per step, and a Krylov basis of `num_steps` vectors in memory.
+def gmres(num_steps: int, damping: float = 0.0, rtol: float = 0.0, max_restarts: int = 0) -> LinearSolver:
+    """GMRES: one Hessian product per step, and a Krylov basis of `num_steps` vectors in memory.
 
     Arguments:
         num_steps: size K >= 1 of the Krylov space.
         damping: delta >= 0, added to the Hessian's diagonal.
         rtol: stops before `num_steps` once the relative residual is at most this (or is rounding error).
+        max_restarts: how often it may begin anew from what it has, where K steps were not enough.
 
     Raises:
         ValueError: an argument is out of range.
@@ -121,15 +226,16 @@ def gmres(num_steps: int, damping: float = 0.0, rtol: float = 0.0) -> LinearSolv
         Saad and Schultz, 1986. The loop is `jax.scipy.sparse.linalg.gmres`.
     """
     _check("gmres", num_steps, damping, rtol)
+    check_number("gmres", "max_restarts", max_restarts, 0)
 
-    def solve(matvec: LinearMap, rhs: PyTree, initial: PyTree | None) -> PyTree:
-        tol = max(rtol, _rounding(rhs))
+    def solve(matvec: LinearMap, rhs: PyTree, initial: PyTree | None = None) -> PyTree:
+        tol, runs = max(rtol, _rounding(rhs)), 1 + max_restarts
         solution, _ = sparse.gmres(
-            matvec, rhs, initial, tol=tol, restart=num_steps, maxiter=1, solve_method="incremental"
+            matvec, rhs, initial, tol=tol, restart=num_steps, maxiter=runs, solve_method="incremental"
         )
         return solution
 
-    return LinearSolver(solve, damping)
+    return LinearSolver(solve, damping, solve_general=solve)
 
 
 @described
@@ -160,7 +266,7 @@ def neumann(num_steps: int, step_size: float, damping: float = 0.0) -> LinearSol
         del initial
         return _richardson(matvec, rhs, _scaled(rhs, step_size), num_steps, step_size)
 
-    return LinearSolver(solve, damping)
+    return LinearSolver(solve, damping, solve_general=lambda matvec, rhs: solve(matvec, rhs, None))
 
 
 @described
@@ -190,7 +296,7 @@ def gradient_descent(num_steps: int, step_size: float, damping: float = 0.0) -> 
             return _richardson(matvec, rhs, _scaled(rhs, step_size), num_steps - 1, step_size)
         return _richardson(matvec, rhs, initial, num_steps, step_size)
 
-    return LinearSolver(solve, damping)
+    return LinearSolver(solve, damping, solve_general=lambda matvec, rhs: solve(matvec, rhs, None))
 
 
 @described
@@ -203,12 +309,15 @@ def identity() -> LinearSolver:
     References:
         Luketina, Berglund, Greff, Raiko, ICML 2016, https://arxiv.org/abs/1511.06727
     """
-    return LinearSolver(lambda matvec, rhs, initial: rhs)
+    return LinearSolver(lambda matvec, rhs, initial: rhs, solve_general=lambda matvec, rhs: rhs)
 
 
 @described
 def from_lineax(solver: lineax.AbstractLinearSolver[Any], damping: float = 0.0) -> LinearSolver:
-    """Any lineax solver, for example `lineax.GMRES(rtol, atol)`; the operator is tagged positive semidefinite.
+    """Any lineax solver, for example `lineax.GMRES(rtol, atol)`.
+
+    AID's operator is tagged positive semidefinite. An implicit layer's is only for the solvers that demand it,
+    `lineax.CG` and `lineax.Cholesky`: with those its matrix must be symmetric.
 
     Arguments:
         solver: the lineax solver object. `fb.aid` accepts it bare, too; this function adds damping.
@@ -228,33 +337,33 @@ def from_lineax(solver: lineax.AbstractLinearSolver[Any], damping: float = 0.0) 
     if not isinstance(solver, lineax.AbstractLinearSolver):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"from_lineax: solver must be a lineax solver object, got {type(solver).__name__} {solver!r}.")
 
-    def solve(matvec: LinearMap, rhs: PyTree, initial: PyTree | None) -> PyTree:
-        operator = lineax.FunctionLinearOperator(
-            matvec, jax.eval_shape(lambda: rhs), tags=lineax.positive_semidefinite_tag
-        )
+    def solve_tagged(tags: Any, matvec: LinearMap, rhs: PyTree, initial: PyTree | None = None) -> PyTree:
+        operator = lineax.FunctionLinearOperator(matvec, jax.eval_shape(lambda: rhs), tags=tags)
         # throw=False: a failed solve shows in the metrics and cannot stop a compiled loop.
         options = {} if initial is None else {"y0": initial}
         return lineax.linear_solve(operator, rhs, solver, options=options, throw=False).value
 
-    return LinearSolver(solve, damping)
+    solve = partial(solve_tagged, lineax.positive_semidefinite_tag)
+    demands_tag = isinstance(solver, (lineax.CG, lineax.Cholesky))
+    return LinearSolver(solve, damping, solve_general=None if demands_tag else partial(solve_tagged, ()))
 
 
-def as_linear_solver(solver: Any) -> LinearSolver:
+def as_linear_solver(solver: Any, function: str = "aid") -> LinearSolver:
     """`solver`, or a bare lineax solver made into a `LinearSolver`."""
     if isinstance(solver, LinearSolver):
         return solver
     if any(cls.__module__.partition(".")[0] == "lineax" for cls in type(solver).__mro__):
         return from_lineax(solver)
     raise TypeError(
-        f"aid: linear_solver must be one of fb.cg, fb.normal_cg, fb.gmres, fb.neumann, fb.gradient_descent, "
+        f"{function}: linear_solver must be one of fb.cg, fb.normal_cg, fb.gmres, fb.neumann, fb.gradient_descent, "
         f"fb.identity (called with their arguments) or a lineax solver object, got {solver!r}."
     )
 
 
 def solve_linear(
-    solver: LinearSolver, matvec: LinearMap, rhs: PyTree, initial: PyTree | None, point: PyTree
-) -> tuple[PyTree, Metrics, PyTree]:
-    """The solution of (A + damping) u = b in `working_dtype`, its `linear_metrics`, and A point.
+    solver: LinearSolver, matvec: LinearMap, rhs: PyTree, initial: PyTree | None
+) -> tuple[PyTree, Metrics, jax.Array]:
+    """The solution of (A + damping) u = b in `working_dtype`, its `linear_metrics`, and |A u| / |u| (0 where u is).
 
     NaN, where A or b holds NaN.
     The solver gets b scaled to a size near one, by a power of two, which changes no digit of the result.
@@ -267,13 +376,38 @@ def solve_linear(
     b = tree_scaled(tree_cast(rhs, dtype), 1.0 / size)
     start = None if initial is None else tree_scaled(tree_cast(initial, dtype), 1.0 / size)
     u = solver.solve(damped, b, start)
-    # Both products by one copy of A in the compiled program.
-    both = jax.tree.map(lambda *xs: jnp.stack(xs), u, tree_cast(point, dtype))
-    products = jax.lax.map(rescaled(matvec, rhs), both)
-    Au, A_point = (jax.tree.map(lambda x, i=i: x[i], products) for i in (0, 1))
+    Au = rescaled(matvec, rhs)(u)
+    norm = tree_norm(u)
+    curvature = tree_norm(Au) / jnp.where(norm > 0, norm, 1.0)
     metrics = linear_metrics(tree_add_scaled(Au, solver.damping, u), b, u, rhs)
     u = nan_unless(~jnp.isnan(metrics["linear_residual"]), tree_scaled(u, size))
-    return u, metrics, A_point
+    return u, metrics, curvature
+
+
+def solve_implicit(solver: LinearSolver, matvec: LinearMap, rhs: PyTree) -> PyTree:
+    """The solution of (A + damping) u = b, differentiable in A and b in both modes and as often as one likes.
+
+    As of the exact solution: each derivative is another solve, in reverse mode with the transpose of A. A solver for
+    symmetric A gets -A where A is negative along b. NaN, where A or b holds NaN.
+    """
+
+    def solve(matvec: LinearMap, rhs: PyTree) -> PyTree:
+        size = tree_size(rhs)
+        A = in_working_dtype(matvec, rhs)
+        b = tree_scaled(tree_cast(rhs, working_dtype(rhs)), 1.0 / size)
+        product = tree_vdot(b, A(b))
+        sign = jnp.where(product < 0, -1.0, 1.0) if solver.solve_general is None else 1.0
+
+        def damped(u: PyTree) -> PyTree:
+            return tree_add_scaled(_scaled(A(u), sign), solver.damping, u)
+
+        if solver.solve_general is None:
+            u = solver.solve(damped, _scaled(b, sign), None)
+        else:
+            u = solver.solve_general(damped, b)
+        return tree_cast(nan_unless(~jnp.isnan(product), tree_scaled(u, size)), rhs)
+
+    return jax.lax.custom_linear_solve(matvec, rhs, solve, solve, symmetric=solver.solve_general is None)
 
 
 def in_working_dtype(f: LinearMap, like: PyTree) -> LinearMap:
@@ -338,7 +472,8 @@ class CGState(NamedTuple):
         r: its residual b - A u.
         p: the next direction.
         rr: <r, r>.
-        best, best_rr: the solution of the smallest residual so far, zero included, and that residual's <r, r>.
+        rz: <r, z>, z the preconditioned residual.
+        smooth, s: an average of the solutions so far, zero included, and its residual, no larger than any of theirs.
         largest: the largest curvature <p, A p> / <p, p> along a direction so far.
         positive: whether the last direction's was positive; if not, its step was not made.
     """
@@ -348,20 +483,31 @@ class CGState(NamedTuple):
     r: PyTree
     p: PyTree
     rr: jax.Array
-    best: PyTree
-    best_rr: jax.Array
+    rz: jax.Array
+    smooth: PyTree
+    s: PyTree
     largest: jax.Array
     positive: jax.Array
 
 
 def conjugate_gradients(
-    matvec: LinearMap, rhs: PyTree, initial: PyTree | None, num_steps: int, rtol: float = 0.0, power: int = 1
+    matvec: LinearMap,
+    rhs: PyTree,
+    initial: PyTree | None,
+    num_steps: int,
+    rtol: float = 0.0,
+    power: int = 1,
+    preconditioner: LinearMap | None = None,
 ) -> PyTree:
     """At most `num_steps` steps; stops where the residual is rounding error, so that nothing divides by zero.
 
     It also stops at a direction of negative curvature, or of one that is rounding error beside the largest so far (to
-    the power of `power`, for an A that is one of a matrix), with the iterate of the smallest residual: there A is not
-    positive definite, and what the last iterates minimise has no minimum.
+    the power of `power`, for an A that is one of a matrix): there A is not positive definite, and what the last
+    iterates minimise has no minimum. Then, and where the last residual is larger than |b|, the answer is the average of
+    the iterates by minimal residual smoothing (Zhou and Walker, SIAM J. Sci. Comput. 1994), which MINRES would give:
+    its residual falls in every step, and never exceeds that of zero or of the start. So it is where A is singular and b
+    not in its range, as for the Hessian of a batch with fewer samples than parameters: the iterates themselves grow
+    without limit.
 
     A product per step, and one more for the residual of a start that is not zero. (`jax.scipy.sparse.linalg.cg` makes
     that one always, which is a tenth of the time with ten steps.) The derivative is that of the exact solution.
@@ -369,36 +515,56 @@ def conjugate_gradients(
     tol = max(rtol, _rounding(rhs))
     negligible = float(jnp.finfo(working_dtype(rhs)).eps) ** power
 
-    def loop(matvec: LinearMap, b: PyTree) -> PyTree:
-        least = tol**2 * tree_vdot(b, b)
-        zero = jax.tree.map(jnp.zeros_like, b)
-        u, r, rr = zero, b, tree_vdot(b, b)
-        best, best_rr = u, rr
-        if initial is not None:
-            u, r = initial, tree_add_scaled(b, -1.0, matvec(initial))
-            rr = tree_vdot(r, r)
-            best, best_rr = tree_where(rr < best_rr, (u, rr), (best, best_rr))
+    def preconditioned(r: PyTree, rr: jax.Array) -> tuple[PyTree, jax.Array]:
+        """z, and <r, z>."""
+        if preconditioner is None:
+            return r, rr
+        z = preconditioner(r)
+        check_like("cg", "the preconditioner's result", z, r, "it must map pytrees like inner_params to such.")
+        return z, tree_vdot(r, z)
 
+    def loop(matvec: LinearMap, b: PyTree) -> PyTree:
+        zero = jax.tree.map(jnp.zeros_like, b)
+        bb = tree_vdot(b, b)
+        least = tol**2 * bb
+
+        # A start that is not zero is reached from zero by a step of length one along it: the same loop makes its
+        # product, and the compiled program holds A once.
         def running(state: CGState) -> jax.Array:
-            return (state.steps < num_steps) & (state.rr > least) & state.positive
+            return (state.steps < num_steps) & ((state.rr > least) | (state.steps < 0)) & state.positive
 
         def step(state: CGState) -> CGState:
-            steps, u, r, p, rr, best, best_rr, largest, _ = state
+            steps, u, r, p, _, rz, smooth, s, largest, _ = state
             Ap = matvec(p)
             pAp, pp = tree_vdot(p, Ap), tree_vdot(p, p)
             largest = jnp.maximum(largest, pAp / pp)
             positive = pAp > negligible * largest * pp
-            alpha = jnp.where(positive, rr / jnp.where(positive, pAp, 1.0), 0.0)
+            alpha = jnp.where(positive, rz / jnp.where(positive, pAp, 1.0), 0.0)
+            to_start = steps < 0
+            positive, alpha, largest = (
+                positive | to_start,
+                jnp.where(to_start, 1.0, alpha),
+                jnp.where(to_start, 0.0, largest),
+            )
             r = tree_add_scaled(r, -alpha, Ap)
-            after = tree_vdot(r, r)
-            u, p = tree_add_scaled(u, alpha, p), tree_add_scaled(r, after / rr, p)
-            best, best_rr = tree_where(after < best_rr, (u, after), (best, best_rr))
-            return CGState(steps + 1, u, r, p, after, best, best_rr, largest, positive)
+            rr = tree_vdot(r, r)
+            z, after = preconditioned(r, rr)
+            beta = jnp.where(to_start, 0.0, after / rz)
+            u, p = tree_add_scaled(u, alpha, p), tree_add_scaled(z, beta, p)
+            away, change = tree_add_scaled(u, -1.0, smooth), tree_add_scaled(r, -1.0, s)
+            squared = tree_vdot(change, change)
+            # The average goes no way along which A is rounding error: the residual would gain by accident.
+            usable = jnp.isfinite(squared) & (squared > negligible * largest**2 * tree_vdot(away, away))
+            eta = jnp.where(usable, -tree_vdot(s, change) / jnp.where(usable, squared, 1.0), 0.0)
+            averaged = tree_add_scaled(smooth, eta, away), tree_add_scaled(s, eta, change)
+            smooth, s = tree_where(usable, averaged, (smooth, s))
+            return CGState(steps + 1, u, r, p, rr, after, smooth, s, largest, positive & jnp.isfinite(after))
 
-        finite = jnp.isfinite(rr)  # of the start; if not, the answer is zero
-        start = CGState(jnp.zeros((), jnp.int32), u, r, r, rr, best, best_rr, jnp.zeros_like(rr), finite)
+        z, rz = preconditioned(b, bb)
+        first, p = (0, z) if initial is None else (-1, initial)
+        start = CGState(jnp.asarray(first), zero, b, p, bb, rz, zero, b, jnp.zeros_like(bb), jnp.isfinite(rz))
         end = jax.lax.while_loop(running, step, start)
-        return tree_where(end.positive, end.u, end.best)
+        return tree_where(end.positive & (end.rr <= bb), end.u, end.smooth)
 
     return jax.lax.custom_linear_solve(matvec, rhs, loop, symmetric=True)
 
@@ -408,7 +574,7 @@ def _rounding(tree: PyTree) -> float:
     return 8.0 * float(jnp.finfo(working_dtype(tree)).eps)
 
 
-def _scaled(tree: PyTree, scale: float) -> PyTree:
+def _scaled(tree: PyTree, scale: Any) -> PyTree:
     return jax.tree.map(lambda x: jnp.asarray(scale, x.dtype) * x, tree)
 
 

@@ -9,7 +9,14 @@ from funcbilevel._typing import LinearMap, Metrics, PyTree
 
 
 def ridge_solution(
-    C: LinearMap, rhs: PyTree, phi: jax.Array, v: PyTree, ridge: float, num_steps: int, mean: LinearMap
+    C: LinearMap,
+    rhs: PyTree,
+    phi: jax.Array,
+    v: PyTree,
+    ridge: float,
+    num_steps: int,
+    mean: LinearMap,
+    spectrum: jax.Array | None = None,
 ) -> tuple[PyTree, Metrics]:
     r"""The W that minimises
 
@@ -27,6 +34,7 @@ def ridge_solution(
         ridge: >= 0.
         num_steps: most iterations.
         mean: the mean of a pytree over the problem's mapped axis, over which samples are spread.
+        spectrum: the diagonal of Phi' Phi, [p], where that is known to be diagonal.
 
     Returns:
         W, leaves [p, ...] in float32 at least, NaN where C or rhs holds NaN; and the `linear_metrics` of the
@@ -37,7 +45,7 @@ def ridge_solution(
     v = tree_cast(v, working_dtype(v))
     # Coordinates Z with W = U D Z, where Phi' Phi = U diag(lam) U' and D is diagonal: the system matrix
     # D (U' Phi' C Phi U + ridge) D is the identity if C is a multiple of it. Only coordinates, so held fixed.
-    lam, U = jnp.linalg.eigh(jax.lax.stop_gradient(mean(moments(phi, phi))))
+    lam, U = _eigen(phi, mean) if spectrum is None else (spectrum.astype(dtype), jnp.eye(len(spectrum), dtype=dtype))
     scale = jax.lax.stop_gradient(mean(_mean_curvature(curvature, v)))
     D = jax.tree.map(lambda c: _inverse_sqrt(jnp.multiply.outer(lam, c) + ridge), scale)
     phi = phi @ U
@@ -54,6 +62,12 @@ def ridge_solution(
     W = jax.tree.map(lambda D, Z: jnp.tensordot(U, D * Z, 1), D, Z)
     metrics = linear_metrics(matvec(Z), right, Z, computed_in)
     return nan_unless(~jnp.isnan(metrics["linear_residual"]), tree_scaled(W, size)), metrics
+
+
+def _eigen(phi: jax.Array, mean: LinearMap) -> tuple[jax.Array, jax.Array]:
+    """Eigenvalues and eigenvectors of Phi' Phi, held fixed."""
+    lam, U = jnp.linalg.eigh(jax.lax.stop_gradient(mean(moments(phi, phi))))
+    return lam, U
 
 
 def _mean_curvature(C: LinearMap, like: PyTree) -> PyTree:

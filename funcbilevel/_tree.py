@@ -1,5 +1,6 @@
 """Small functions on pytrees of arrays."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,8 +18,16 @@ def tree_vdot(a: PyTree, b: PyTree) -> jax.Array:
         dtype = jnp.promote_types(jnp.result_type(x, y), jnp.float32)
         return jnp.sum(x.astype(dtype) * y.astype(dtype))
 
-    # Summed by one reduction: of a chain of additions XLA compiles a copy into everything that uses the result.
-    return jnp.sum(jnp.stack(jax.tree.leaves(jax.tree.map(vdot, a, b))))
+    return _last(jax.lax.cumsum, jax.tree.leaves(jax.tree.map(vdot, a, b)))
+
+
+def _last(cumulative: Callable[[jax.Array], jax.Array], scalars: list[jax.Array]) -> jax.Array:
+    """The last of the cumulative sums, or maxima, of scalars.
+
+    A sum of as many scalars as a network has leaves, or a reduction of them, is to XLA a chain of additions, and it
+    compiles a copy of a chain into everything that uses the result: three quarters of the program of a deep network.
+    """
+    return cumulative(jnp.stack(scalars))[-1]
 
 
 def moments(phi: jax.Array, t: jax.Array) -> jax.Array:
@@ -52,7 +61,7 @@ def tree_size(tree: PyTree) -> jax.Array:
     """
     dtype = working_dtype(tree)
     sizes = [jnp.max(jnp.abs(x)).astype(dtype) for x in jax.tree.leaves(tree) if x.size]
-    largest = jax.lax.stop_gradient(jnp.max(jnp.stack(sizes))) if sizes else jnp.ones((), dtype)
+    largest = jax.lax.stop_gradient(_last(jax.lax.cummax, sizes)) if sizes else jnp.ones((), dtype)
     limit = 2.0 ** (int(jnp.finfo(dtype).maxexp) - 28)  # size and 1 / size are normal numbers
     usual = jnp.isfinite(largest) & (largest > 0)
     largest = jnp.where(usual, jnp.clip(largest, 1.0 / limit, limit), 1.0)
@@ -92,6 +101,11 @@ def evaluated_after(earlier: PyTree, tree: PyTree) -> PyTree:
     return jax.lax.cond(finite, lambda t: t, lambda t: jax.tree.map(jnp.zeros_like, t), tree)
 
 
+def own_buffer(x: Any) -> Any:
+    """x in a buffer of its own, lest a donating step meets it twice; without weak type, lest it compiles twice."""
+    return jnp.copy(jax.lax.convert_element_type(x, x.dtype) if getattr(x, "weak_type", False) else x)
+
+
 def all_finite(*trees: PyTree) -> jax.Array:
     """Scalar bool: no floating leaf holds NaN or inf."""
     leaves = [x for x in jax.tree.leaves(trees) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
@@ -107,8 +121,9 @@ def stays_finite(before: PyTree, after: PyTree) -> jax.Array:
 METRICS = (
     *("inner_objective", "outer_objective", "hypergradient_norm", "explicit_norm", "implicit_norm"),
     *("inner_finite", "adjoint_finite", "outer_finite", "inner_gradient_norm", "inner_gradient_relative"),
-    *("linear_residual", "linear_converged", "linear_curvature"),
+    *("linear_residual", "linear_converged", "linear_curvature", "active_set_size", "strict_complementarity"),
     *("adjoint_objective", "adjoint_inputs_match", "adjoint_inconsistent", "penalty_objective"),
+    *("newton_residual", "newton_objective"),
 )
 
 

@@ -483,7 +483,7 @@ CASES: dict[str, Case] = {
         ValueError,
         "inner_optimizer",
         "is None",
-        "fb.itd differentiates through its steps",
+        r"fb.itd\(2\) differentiates through its steps",
         "inner_optimizer=optax.sgd",
         ("hypergradient",),
     ),
@@ -913,7 +913,7 @@ CALLS: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = {
     "T > M": (
         lambda: bilevel(problem(), model(), fb.itd(5), inner_steps=3),
         ValueError,
-        ("num_steps=5", "inner_steps=3", "exceeds", "Raise inner_steps or lower num_steps"),
+        ("inner_steps=3", r"itd\(5\) differentiates through 5", "Raise inner_steps, or lower that number"),
     ),
     "problem: an objective of two arguments": (
         lambda: problem(lambda v, batch: jnp.mean(v)),

@@ -95,6 +95,7 @@ ESTIMATORS: dict[str, fb.Estimator] = {
     "funcid-learned": fb.funcid(fb.learned_adjoint(ADJOINT_OPTIMIZER, 3)),
     "funcid-learned-cold": fb.funcid(fb.learned_adjoint(ADJOINT_OPTIMIZER, 3, warm_start=False)),
     "funcid-pointwise": fb.funcid(fb.pointwise_adjoint()),
+    "funcid-learned-corrected": fb.funcid(fb.learned_adjoint(ADJOINT_OPTIMIZER, 3), correction=1.0),
     "aid-cg": fb.aid(fb.cg(4, damping=3.0)),
     "aid-cg-cold": fb.aid(fb.cg(4, damping=3.0), warm_start=False),
     "aid-normal-cg": fb.aid(fb.normal_cg(4, damping=3.0)),
@@ -262,16 +263,19 @@ def test_run_is_step_after_step(name: str) -> None:
 
 
 @every_method
-def test_vmap_and_pmap_over_seeds_equal_single_runs(name: str) -> None:
-    solver = compiled(name).solver
+def test_vmap_over_seeds_equals_single_runs(name: str) -> None:
     states, metrics = single_runs(name)
     assert len(np.unique(states.inner_params["w"][:, 0])) == DEVICES
-
-    together, together_metrics = jax.jit(jax.vmap(solver.run, (0, None, None)))(starts(name), *batches())
+    together, together_metrics = jax.jit(jax.vmap(compiled(name).solver.run, (0, None, None)))(starts(name), *batches())
     assert_states_close(together, states)
     chex.assert_trees_all_equal_shapes(together_metrics, metrics)
 
-    spread, spread_metrics = jax.pmap(solver.run, in_axes=(0, None, None))(starts(name), *batches())
+
+# A device's program is that of a single run, whichever linear solver or mode stands in it.
+@pytest.mark.parametrize("name", ["funcid-linear", "funcid-learned", "aid-cg", "itd-reverse", "alternating"])
+def test_pmap_over_seeds_equals_single_runs(name: str) -> None:
+    states, metrics = single_runs(name)
+    spread, spread_metrics = jax.pmap(compiled(name).solver.run, in_axes=(0, None, None))(starts(name), *batches())
     assert len(spread.outer_params["scale"].sharding.device_set) == DEVICES
     assert_states_close(spread, states)
     np.testing.assert_allclose(spread_metrics["outer_objective"], metrics["outer_objective"], rtol=1e-5)

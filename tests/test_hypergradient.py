@@ -182,6 +182,14 @@ def linear(case: Case, ridge: float = 0.0) -> fb.Estimator:
     return fb.funcid(fb.linear_adjoint(case.features, ridge))
 
 
+def corrected(case: Case) -> fb.Estimator:
+    return fb.funcid(fb.linear_adjoint(case.features), correction=1.0)  # see test_correction.py for off the solution
+
+
+def kernel(kernel: fb.Kernel, ridge: float = 0.0) -> fb.Estimator:
+    return fb.funcid(fb.kernel_adjoint(kernel, ridge))
+
+
 def learned(num_steps: int, warm_start: bool = True) -> fb.Estimator:
     optimizer = optax.adam(optax.cosine_decay_schedule(3e-2, num_steps))
     return fb.funcid(fb.learned_adjoint(optimizer, num_steps, warm_start=warm_start))
@@ -218,8 +226,13 @@ METHODS: dict[str, Method] = {
     "funcid-linear": Method(linear, 1e-8, applies=functional),
     "funcid-linear-ridge": Method(lambda c: linear(c, DAMPING), 1e-8, damped, linear_class),
     "funcid-pointwise": Method(lambda c: fb.funcid(fb.pointwise_adjoint()), 1e-8, applies=interpolated),
+    "funcid-linear-corrected": Method(corrected, 1e-8, applies=functional),
+    "funcid-kernel": Method(lambda c: kernel(fb.gaussian_kernel(2.0)), 1e-6, applies=interpolated),
+    "funcid-kernel-linear": Method(lambda c: kernel(fb.linear_kernel()), 1e-8, applies=linear_class),
+    "funcid-kernel-ridge": Method(lambda c: kernel(fb.linear_kernel(), DAMPING), 1e-8, damped, linear_class),
     "funcid-learned": Method(lambda c: learned(1000), 2e-2, applies=functional),
     "aid-cg": Method(lambda c: fb.aid(fb.cg(100)), 1e-6),
+    "aid-nystrom-cg": Method(lambda c: fb.aid(fb.nystrom_cg(100, rank=3, damping=0.0)), 1e-6),
     "aid-normal-cg": Method(lambda c: fb.aid(fb.normal_cg(200)), 1e-6),
     "aid-gmres": Method(lambda c: fb.aid(fb.gmres(30)), 1e-6),
     "aid-neumann": Method(neumann, 1e-6),
@@ -230,6 +243,7 @@ METHODS: dict[str, Method] = {
     "aid-lineax-lu": Method(lambda c: fb.aid(lineax.LU()), 1e-8, applies=invertible),
     "aid-lineax-cholesky": Method(lambda c: fb.aid(lineax.Cholesky()), 1e-8, applies=invertible),
     "aid-lineax-damped": Method(lambda c: fb.aid(fb.from_lineax(lineax.Cholesky(), DAMPING)), 1e-8, damped),
+    "prox-aid": Method(lambda c: fb.prox_aid(fb.cg(100), lambda theta, omega, step_size: theta), 1e-6),
     "itd": Method(lambda c: fb.itd(UNROLLED), 1e-6, truncated),
     "itd-forward": Method(lambda c: fb.itd(UNROLLED, mode="forward"), 1e-6, truncated),
     "itd-remat": Method(lambda c: fb.itd(UNROLLED, remat=True), 1e-6, truncated),

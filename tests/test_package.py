@@ -35,14 +35,19 @@ LAYERS = [
     {"_model"},
     {"_partition", "_draws"},
     {"_problem", "_fit"},
+    {"_projection"},
+    {"_predictor"},
     {"_estimator"},
     {"_check"},
-    {"_linear_solvers", "_features"},
-    {"_ridge"},
+    {"_linear_solvers", "_features", "_kernels"},
+    {"_implicit", "_ridge"},
+    {"_argmin", "_prox"},
     {"_variable_projection", "_precision"},
+    {"_kernel_model"},
 ]
-LOOP = {"_bilevel", "_cost", "_train", "_data", "_history", "_state"}
+LOOP = {"_bilevel", "_certify", "_cost", "_diagnose", "_error", "_followers", "_train", "_data", "_history", "_state"}
 SHARED = {m for m in SHORT if m.startswith("_estimators._")}  # what several estimators are made of
+STOCHASTIC = {m for m in SHORT if m.startswith("_stochastic._")}  # what several stochastic methods are made of
 SCRIPTS = sorted(path for folder in ("benchmarks", "examples") for path in (ROOT / folder).rglob("*.py"))
 
 
@@ -85,8 +90,14 @@ def allowed(module: str) -> set[str]:
         return {*tasks, "iv"}
     if module == "iv":
         return {"", *(m for m in tasks if m.startswith("tasks._instrumental"))}
+    if module.partition(".")[0] == "contrib":
+        return {""}
     if module.startswith("_estimators"):
         return lower | SHARED  # no other estimator, and not the loop
+    if module.startswith("_stochastic"):
+        return lower | LOOP | STOCHASTIC  # no other method
+    if module == "_methods":  # the table of all of them
+        return {m for m in SHORT if m.startswith(("_estimators.", "_stochastic."))}
     if module in LOOP:
         return lower | LOOP
     (level,) = (i for i, layer in enumerate(LAYERS) if module in layer)
@@ -96,7 +107,7 @@ def allowed(module: str) -> set[str]:
 @pytest.mark.parametrize("module", SHORT)
 def test_imports_run_one_way(module: str) -> None:
     assert imports(source(module)) <= allowed(module)
-    if module.partition(".")[0] in ("cli", "tasks"):
+    if module.partition(".")[0] in ("cli", "tasks", "contrib"):
         assert not private_names(source(module))
 
 
@@ -186,7 +197,7 @@ def parametrize(problem, model): ...
 def from_function(init, apply): ...
 def from_linen(module): ...
 def from_nnx(module): ...
-def funcid(adjoint): ...
+def funcid(adjoint, correction=0.0): ...
 def learned_adjoint(optimizer, num_steps, model=None, warm_start=True): ...
 def linear_adjoint(features, ridge=0.0): ...
 def pointwise_adjoint(): ...
@@ -227,12 +238,39 @@ def normal_cg(num_steps, damping=0.0): ...
 def gmres(num_steps, damping=0.0): ...
 def gradient_descent(num_steps, step_size): ...
 def identity(): ...
+def nystrom_cg(num_steps, rank, damping): ...
+def diagnose(solver, state, inner_batch, outer_batch): ...
+
+
+def check_hypergradient(
+    problem,
+    model,
+    estimators,
+    outer_params,
+    inner_params,
+    inner_batch,
+    outer_batch,
+    *,
+    inner_optimizer,
+    inner_steps,
+    reference=None,
+    model_state=None,
+    key=None,
+): ...
+
+
+# Implicit layers.
+def custom_root(optimality, *, linear_solver=..., has_aux=False): ...
+def custom_fixed_point(fixed_point, *, linear_solver=..., has_aux=False): ...
+def argmin(problem, model, estimator): ...
 
 
 CONTRACT = [
     *(FunctionalProblem, ParametricProblem, parametrize, from_function, from_linen, from_nnx),
     *(funcid, learned_adjoint, linear_adjoint, pointwise_adjoint, aid, cg, neumann, itd, alternating),
     *(hypergradient, bilevel, train, normal_cg, gmres, gradient_descent, identity),
+    *(nystrom_cg, diagnose, check_hypergradient),
+    *(custom_root, custom_fixed_point, argmin),
 ]
 
 

@@ -16,7 +16,7 @@ from flax import linen
 from problems import derivatives, design, finite_differences, newton
 
 import funcbilevel as fb
-from funcbilevel._problem import training_value_and_grad
+from funcbilevel._predictor import training_value_and_grad
 
 RIDGE = 0.3
 K = 2  # outputs

@@ -6,13 +6,12 @@ import jax
 import optax
 
 from funcbilevel._arguments import check_number, check_optimizer, check_positive
-from funcbilevel._estimator import Estimator, Hypergradient, InnerSolution, InnerSolve
+from funcbilevel._estimator import Call, Estimator, Hypergradient, InnerSolution, by_call
 from funcbilevel._fit import FitState, fit
 from funcbilevel._model import Model
+from funcbilevel._predictor import as_parametric
 from funcbilevel._problem import (
     ParametricProblem,
-    Problem,
-    as_parametric,
     mean_over_devices,
     outer_derivatives,
     outer_value,
@@ -73,18 +72,8 @@ def penalised(
         y = jax.tree.map(lambda theta: theta.copy(), inner.params)  # its own buffers, to be donated
         return FitState(y, optimizer.init(y), ()) if warm_start else ()
 
-    def estimate(
-        problem: Problem,
-        model: Model | None,
-        solve: InnerSolve,
-        outer_params: OuterParams,
-        inner_batch: Batch,
-        outer_batch: Batch,
-        state: PyTree,
-        key: Key | None,
-        /,
-    ) -> tuple[InnerSolution, Hypergradient]:
-        del key
+    def estimate(call: Call) -> tuple[InnerSolution, Hypergradient]:
+        problem, model, solve, outer_params, inner_batch, outer_batch, state, _ = call
         inner = solve(outer_params)
         theta, parametric = inner.fit.params, as_parametric(problem, model, inner.fit.model_state, inner_batch)
 
@@ -112,4 +101,4 @@ def penalised(
         gradient = tree_add_scaled(g_exp, 1.0, g_imp)
         return inner, Hypergradient(gradient, g_exp, g_imp, value, fitted if warm_start else (), metrics)
 
-    return Estimator(init, estimate)
+    return Estimator(init, by_call(estimate))

@@ -7,15 +7,17 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
+from funcbilevel._argmin import root_layer
+from funcbilevel._arguments import check_correction
 from funcbilevel._check import warn_of_ignored
 from funcbilevel._described import described
-from funcbilevel._estimator import Estimator, Hypergradient, InnerSolution, InnerSolve
+from funcbilevel._estimator import Call, Estimator, Hypergradient, InnerSolution, by_call
 from funcbilevel._fit import FitState
 from funcbilevel._linear_solvers import LinearSolver, as_linear_solver, rescaled, solve_linear
 from funcbilevel._model import Model
+from funcbilevel._predictor import as_parametric
 from funcbilevel._problem import (
     Problem,
-    as_parametric,
     inner_cross_derivative,
     inner_derivatives,
     inner_value,
@@ -24,14 +26,16 @@ from funcbilevel._problem import (
 )
 from funcbilevel._tracing import dependence
 from funcbilevel._tree import all_finite, tree_add_scaled, tree_cast, tree_norm, working_dtype
-from funcbilevel._typing import Batch, Key, OuterParams, PyTree
+from funcbilevel._typing import Batch, Key, PyTree
 
 if TYPE_CHECKING:
     import lineax
 
 
 @described
-def aid(linear_solver: LinearSolver | lineax.AbstractLinearSolver[Any], warm_start: bool = True) -> Estimator:
+def aid(
+    linear_solver: LinearSolver | lineax.AbstractLinearSolver[Any], warm_start: bool = True, correction: float = 0.0
+) -> Estimator:
     r"""Approximate implicit differentiation (AID).
 
     With theta the inner solution and delta the solver's damping,
@@ -45,53 +49,55 @@ def aid(linear_solver: LinearSolver | lineax.AbstractLinearSolver[Any], warm_sta
     active constraints or at a kink (non-negative least squares, lasso), and after too few inner steps, they give a
     wrong number, which `inner_gradient_relative` shows and the linear solver's residual does not.
 
-    With `fb.Minibatches` or `fb.Sampler` as inner batch, all products and the cross derivative are taken on one batch:
-    the draw after those of the inner steps. A leaf of inner_params that the inner objective does not see has no part in
-    the linear system; a warning names it.
+    With `fb.Minibatches`, `fb.Sampler` or `fb.FiniteSum` as inner batch, all products and the cross derivative are
+    taken on one batch: the draw after those of the inner steps. Of fewer samples than parameters it has a singular
+    Hessian, and the system no solution; `cg` then gives the least residual that it has met, which `linear_residual`
+    tells. Damping, or a method that moves u by a step at a time (`soba`, `amigo`), averages over batches. A leaf of
+    inner_params that the inner objective does not see has no part in the linear system; a warning names it.
+
+    Order: second (products with the Hessian in theta, and one cross derivative). Memory: one vector like theta, with a
+    warm start.
 
     Arguments:
         linear_solver: `cg`, `normal_cg`, `gmres`, `neumann`, `gradient_descent`, `identity`, or any lineax solver.
         warm_start: whether the solver starts from the previous outer step's u, or from zero.
+        correction: beta >= 0. All derivatives are then taken at theta - beta N, N = (H + delta I)^-1 d_theta L_in the
+            Newton step at theta, solved for by the same solver from zero: twice the Hessian products. With beta = 1
+            and exact solves the error is of second order in that of theta (and zero for a quadratic objective), where
+            theta is near enough a minimum for Newton's method: where the Hessian of a network is singular or
+            indefinite, N is what the damping makes of it. `funcid` has the same correction in function space.
 
     Returns:
         An `Estimator` for either kind of problem (a functional one is taken at the model's parameters, in
         evaluation mode). Metrics: `adjoint_finite`, `linear_residual`, `linear_converged`, `linear_curvature`,
-        `inner_gradient_norm` and `inner_gradient_relative`: g = d_theta L_in, and |g| / (|g| + |H theta|).
+        `inner_gradient_norm` and `inner_gradient_relative`: with g = d_theta L_in and H its Hessian, |g| and
+        |g| / (|g| + kappa |theta|), kappa = |H u| / |u| the curvature that u has met. With a correction the
+        second and `outer_value` are those at theta - beta N, and `newton_residual` is the residual of N's system.
 
     Raises:
         TypeError: `linear_solver` is not one.
+        ValueError: `correction` is negative or not finite.
 
     Example:
         >>> estimator = fb.aid(fb.cg(20, damping=1e-3))
+        >>> corrected = fb.aid(fb.cg(20), correction=1.0)
 
     References:
         Pedregosa, ICML 2016, https://arxiv.org/abs/1602.02355;
         Lorraine, Vicol, Duvenaud, AISTATS 2020, https://arxiv.org/abs/1911.02590.
     """
-    solver = as_linear_solver(linear_solver)
+    solver, corrected = as_linear_solver(linear_solver), check_correction("aid", correction)
 
     def init(key: Key | None, problem: Problem, model: Model | None, inner: FitState, inner_batch: Batch, /) -> PyTree:
         del key, problem, model, inner_batch
         dtype = working_dtype(inner.params)
         return jax.tree.map(lambda x: jnp.zeros_like(x, dtype), inner.params) if warm_start else ()
 
-    def estimate(
-        problem: Problem,
-        model: Model | None,
-        solve: InnerSolve,
-        outer_params: OuterParams,
-        inner_batch: Batch,
-        outer_batch: Batch,
-        state: PyTree,
-        key: Key | None,
-        /,
-    ) -> tuple[InnerSolution, Hypergradient]:
-        del key
+    def at(call: Call, lengths: tuple[float, ...], found: PyTree | None = None) -> tuple[InnerSolution, Hypergradient]:
+        """The estimate after Newton steps of these lengths; u is solved for, or `found` refined by its residual."""
+        problem, model, solve, outer_params, inner_batch, outer_batch, state, _ = call
         inner = solve(outer_params)
         theta, problem = inner.fit.params, as_parametric(problem, model, inner.fit.model_state, inner_batch)
-
-        value, aux, g_exp, d = outer_derivatives(problem, outer_params, theta, outer_batch)
-        gradient, hessian = inner_derivatives(problem, outer_params, theta, inner_batch)
 
         (seen,), _ = dependence(lambda theta: inner_value(problem, outer_params, theta, inner_batch)[0], theta)
         warn_of_ignored("aid", seen)
@@ -103,18 +109,47 @@ def aid(linear_solver: LinearSolver | lineax.AbstractLinearSolver[Any], warm_sta
             leaves = iter(jax.tree.leaves(part))
             return jax.tree.map(lambda x, s: next(leaves) if s else jnp.zeros_like(x), theta, seen)
 
-        initial = part(state) if warm_start else None
-        solution, metrics, product = solve_linear(
-            solver, lambda t: part(hessian(whole(t))), part(d), initial, part(theta)
-        )
+        slope, newton_metrics, broken = None, {}, False
+        for beta in lengths:
+            gradient, hessian = inner_derivatives(problem, outer_params, theta, inner_batch)
+            slope = gradient if slope is None else slope
+            N, residuals, _ = solve_linear(solver, lambda t, H=hessian: part(H(whole(t))), part(gradient), None)
+            newton_metrics = {"newton_residual": residuals["linear_residual"]}
+            before, theta = theta, tree_add_scaled(theta, -beta, tree_cast(whole(N), theta))
+            broken = broken | all_finite(before) & ~all_finite(theta)
+
+        value, aux, g_exp, d = outer_derivatives(problem, outer_params, theta, outer_batch)
+        gradient, hessian = inner_derivatives(problem, outer_params, theta, inner_batch)
+        initial, rhs = part(state) if warm_start else None, d
+        if found is not None:
+            initial, rhs = None, tree_add_scaled(d, -1.0, rescaled(hessian, theta)(found))
+        solution, metrics, curvature = solve_linear(solver, lambda t: part(hessian(whole(t))), part(rhs), initial)
         u = tree_cast(whole(solution), working_dtype(theta))
+        u = u if found is None else tree_add_scaled(found, 1.0, u)
         cross = rescaled(lambda u: inner_cross_derivative(problem, outer_params, theta, inner_batch, u), theta)(u)
         g_imp = tree_cast(jax.tree.map(jnp.negative, cross), outer_params)
 
-        metrics = metrics | stationarity(tree_norm(gradient), tree_norm(product)) | aux
-        sound = all_finite(value, d)
+        norm = tree_norm(gradient)
+        at_theta = norm if slope is None else tree_norm(slope)
+        metrics = metrics | stationarity(at_theta, norm, curvature * tree_norm(part(theta))) | aux | newton_metrics
+        sound = all_finite(value, d) | broken  # what N has broken is not the outer level's fault
         metrics |= {"adjoint_finite": all_finite(u, metrics) | ~sound, "outer_finite": sound}
         total = tree_add_scaled(g_exp, 1.0, g_imp)
-        return inner, Hypergradient(total, g_exp, g_imp, value, u if warm_start else (), metrics)
+        return inner, Hypergradient(total, g_exp, g_imp, value, u, metrics)
 
-    return Estimator(init, estimate)
+    own = (correction,) if corrected else ()
+
+    def estimate(call: Call) -> tuple[InnerSolution, Hypergradient]:
+        inner, h = at(call, own)
+        return inner, h if warm_start else h._replace(state=())
+
+    def refine(*arguments: Any) -> tuple[Hypergradient, Hypergradient, Hypergradient, Hypergradient]:
+        call = Call(*arguments)
+        _, first = at(call, own)
+        _, again = at(call, own, at(call, own, first.state)[1].state)
+        _, second = at(call, (*own, 1.0), first.state)
+        _, third = at(call, (*own, 1.0, 1.0), second.state)
+        return first, again, second, third
+
+    layer = None if corrected else root_layer(solver)
+    return Estimator(init, by_call(estimate), refine=refine, layer=layer)

@@ -4,10 +4,9 @@ import jax
 import jax.numpy as jnp
 
 from funcbilevel._described import described
-from funcbilevel._estimator import Estimator, Hypergradient, InnerSolution, InnerSolve, no_state
-from funcbilevel._model import Model
-from funcbilevel._problem import Problem, as_parametric, outer_value
-from funcbilevel._typing import Batch, Key, OuterParams, PyTree
+from funcbilevel._estimator import Call, Estimator, Hypergradient, InnerSolution, by_call, no_state
+from funcbilevel._predictor import as_parametric
+from funcbilevel._problem import outer_value
 
 
 @described
@@ -16,6 +15,8 @@ def alternating() -> Estimator:
 
     How the follower responds to the leader is left out, so there is no implicit part (`implicit` is zero). Where
     the outer objective reaches omega only through the inner solution, this gradient is zero and nothing moves.
+
+    Order: first. Memory: none.
 
     Returns:
         An `Estimator` for either kind of problem. It has no adjoint, so `adjoint_finite` is always true.
@@ -28,18 +29,8 @@ def alternating() -> Estimator:
         https://arxiv.org/abs/2410.16432.
     """
 
-    def estimate(
-        problem: Problem,
-        model: Model | None,
-        solve: InnerSolve,
-        outer_params: OuterParams,
-        inner_batch: Batch,
-        outer_batch: Batch,
-        state: PyTree,
-        key: Key | None,
-        /,
-    ) -> tuple[InnerSolution, Hypergradient]:
-        del key
+    def estimate(call: Call) -> tuple[InnerSolution, Hypergradient]:
+        problem, model, solve, outer_params, inner_batch, outer_batch, state, _ = call
         inner = solve(outer_params)
         parametric = as_parametric(problem, model, inner.fit.model_state, inner_batch)
         (value, aux), g_exp = jax.value_and_grad(
@@ -48,4 +39,4 @@ def alternating() -> Estimator:
         zero = jax.tree.map(jnp.zeros_like, g_exp)
         return inner, Hypergradient(g_exp, g_exp, zero, value, state, aux | {"adjoint_finite": jnp.array(True)})
 
-    return Estimator(no_state, estimate, implicit=False)
+    return Estimator(no_state, by_call(estimate), implicit=False)

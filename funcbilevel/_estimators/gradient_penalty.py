@@ -26,6 +26,8 @@ def gradient_penalty(
     One Hessian-vector product per step of y. The bias is of order 1/lambda where the inner objective is strongly
     convex in theta; where it is not, y may settle at any stationary point, a maximum included.
 
+    Order: second. Memory: one vector like theta, and its optimizer's state.
+
     Arguments:
         optimizer: any optax optimizer, for y.
         num_steps: K >= 1, its steps per outer step.

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 
 from funcbilevel._arguments import check_number
 from funcbilevel._described import described
-from funcbilevel._estimator import Estimator, Hypergradient, InnerSolution, InnerSolve, no_state
-from funcbilevel._model import Model
-from funcbilevel._problem import Problem, as_parametric, outer_value
+from funcbilevel._estimator import Call, Estimator, Hypergradient, InnerSolution, by_call, no_state
+from funcbilevel._predictor import as_parametric
+from funcbilevel._problem import outer_value
 from funcbilevel._tracing import reverse_only
 from funcbilevel._tree import tree_add_scaled
-from funcbilevel._typing import Batch, Key, Metrics, OuterParams, PyTree
+from funcbilevel._typing import Metrics, OuterParams
 
 
 @described
@@ -25,6 +25,8 @@ def itd(num_steps: int, mode: Literal["reverse", "forward"] = "reverse", remat: 
 
     The derivative goes through any optax optimizer, its state and the model's state included. T < M is truncated
     ITD. In `fb.hypergradient` the T steps of `inner_optimizer` are taken from `inner_params`.
+
+    Order: second. Memory: theta and the optimizer's state at each of the T steps in reverse mode.
 
     Arguments:
         num_steps: T >= 1, at most the solver's `inner_steps`.
@@ -55,18 +57,8 @@ def itd(num_steps: int, mode: Literal["reverse", "forward"] = "reverse", remat: 
     if mode not in ("reverse", "forward"):
         raise ValueError(f'itd: mode must be "reverse" or "forward", got {mode!r}.')
 
-    def estimate(
-        problem: Problem,
-        model: Model | None,
-        solve: InnerSolve,
-        outer_params: OuterParams,
-        inner_batch: Batch,
-        outer_batch: Batch,
-        state: PyTree,
-        key: Key | None,
-        /,
-    ) -> tuple[InnerSolution, Hypergradient]:
-        del key
+    def estimate(call: Call) -> tuple[InnerSolution, Hypergradient]:
+        problem, model, solve, outer_params, inner_batch, outer_batch, state, _ = call
 
         def unrolled(
             explicit: OuterParams, implicit: OuterParams
@@ -101,4 +93,4 @@ def itd(num_steps: int, mode: Literal["reverse", "forward"] = "reverse", remat: 
         metrics = aux | {"adjoint_finite": jnp.array(True)}
         return inner, Hypergradient(tree_add_scaled(g_exp, 1.0, g_imp), g_exp, g_imp, value, state, metrics)
 
-    return Estimator(no_state, estimate, unroll=num_steps)
+    return Estimator(no_state, by_call(estimate), unroll=num_steps)

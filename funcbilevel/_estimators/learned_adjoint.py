@@ -1,8 +1,10 @@
 """The adjoint of FuncID as a network trained by an optax optimizer."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from funcbilevel._arguments import check_like, check_number, check_optimizer
@@ -14,6 +16,8 @@ from funcbilevel._model import Model, with_frozen_of, without_frozen
 from funcbilevel._problem import FunctionalProblem
 from funcbilevel._tree import evaluated_after, num_bytes, tree_vdot
 from funcbilevel._typing import Batch, Inputs, Key, Metrics, ModelState, Prediction, PyTree
+
+Apply: TypeAlias = Callable[[PyTree, ModelState, Inputs], Prediction]
 
 
 @described
@@ -42,6 +46,9 @@ def learned_adjoint(
         features: `(inner_params, inputs) -> [n, p]`, or a `Model` that shares the prediction model's parameters and
             state: what the adjoint's model is called on instead of the inputs, evaluated once per outer step. With a
             small `model` (a linear layer, say) this is a learned adjoint that cannot overfit as a whole network can.
+
+    With `funcid(..., correction)` a second network of the same kind is fitted to the Newton step before the adjoint, by
+    as many steps, each of which goes through the inner batch alone; a `model` on `features` makes both cheap.
 
     Returns:
         An `Adjoint` for `funcid`. Its metrics: `adjoint_objective`, L_adj at the last step, before its update.
@@ -86,6 +93,10 @@ def learned_adjoint(
     def adjoint_inputs(inner: FitState, inputs: Inputs) -> Inputs:
         return inputs if features is None else evaluate_features(name, features, inner, inputs)
 
+    def check_output(output: Prediction, like: Prediction) -> None:
+        mend = "give learned_adjoint a model whose output is like the prediction model's."
+        check_like(name, "the adjoint model's output", output, like, mend)
+
     def start(key: Key | None, prediction_model: Model, x_P: PyTree) -> FitState:
         if key is None:
             raise ValueError(
@@ -104,23 +115,26 @@ def learned_adjoint(
             return ()
         return start(key, prediction_model, adjoint_inputs(inner, problem.inputs(inner_batch)))
 
+    def applied(prediction_model: Model, inner: FitState) -> Apply:
+        """The network as a function of its parameters, its model state and x."""
+        network_apply = network(prediction_model).apply
+
+        def apply(xi: PyTree, model_state: ModelState, x: Inputs) -> Prediction:
+            shared = with_frozen_of(model_state, inner.model_state) if model is None else model_state
+            return network_apply(xi, shared, x)[0]
+
+        return apply
+
     def fit_adjoint(
         system: AdjointSystem, prediction_model: Model, inner: FitState, state: PyTree, key: Key | None, /
     ) -> tuple[Prediction, PyTree, Metrics]:
         C, d, _, x_P, x_Q, mean = system
         x_P, x_Q = adjoint_inputs(inner, x_P), adjoint_inputs(inner, x_Q)
-        network_apply = network(prediction_model).apply
-
-        def apply(xi: PyTree, model_state: ModelState, x: Inputs) -> tuple[Prediction, ModelState]:
-            shared = with_frozen_of(model_state, inner.model_state) if model is None else model_state
-            return network_apply(xi, shared, x)
-
-        state = state if warm_start else start(key, prediction_model, x_P)
+        apply, state = applied(prediction_model, inner), state if warm_start else start(key, prediction_model, x_P)
 
         def value_and_grad(params: PyTree, model_state: ModelState, *_: Any) -> Any:
-            a_Q, pull_Q = jax.vjp(lambda xi: apply(xi, model_state, x_Q)[0], params)
-            mend = "give learned_adjoint a model whose output is like the prediction model's."
-            check_like("learned_adjoint", "the adjoint model's output", a_Q, d, mend)
+            a_Q, pull_Q = jax.vjp(lambda xi: apply(xi, model_state, x_Q), params)
+            check_output(a_Q, d)
             (grad_Q,) = pull_Q(d)
             # One batch after the other, so that only the activations of one are in memory.
             xi, x = params, x_P
@@ -128,7 +142,7 @@ def learned_adjoint(
                 x = evaluated_after(grad_Q, x_P)
             else:
                 xi = evaluated_after(grad_Q, params)
-            a_P, pull_P = jax.vjp(lambda xi: apply(xi, model_state, x)[0], xi)
+            a_P, pull_P = jax.vjp(lambda xi: apply(xi, model_state, x), xi)
             Ca = C(a_P)
             value = 0.5 * tree_vdot(a_P, Ca) + tree_vdot(a_Q, d)
             # C is symmetric, so the gradient of the quadratic term at a_P is C a_P: one product, not two.
@@ -136,7 +150,29 @@ def learned_adjoint(
             return (value, ({}, model_state)), mean(jax.tree.map(lambda p, q: p + q, grad_P, grad_Q))
 
         state, _, value, _ = fit(value_and_grad, optimizer, num_steps, state, None)
-        a_P, _ = apply(state.params, state.model_state, x_P)
+        a_P = apply(state.params, state.model_state, x_P)
         return a_P, state if warm_start else (), {"adjoint_objective": value}
 
-    return Adjoint(init, fit_adjoint)
+    def fit_newton(
+        system: AdjointSystem, prediction_model: Model, inner: FitState, state: PyTree, key: Key | None, /
+    ) -> tuple[Prediction, Prediction, PyTree, Metrics]:
+        C, g, _, x_P, x_Q, mean = system
+        x_P, x_Q = adjoint_inputs(inner, x_P), adjoint_inputs(inner, x_Q)
+        apply, state = applied(prediction_model, inner), state if warm_start else start(key, prediction_model, x_P)
+
+        def value_and_grad(params: PyTree, model_state: ModelState, *_: Any) -> Any:
+            N_P, pull = jax.vjp(lambda xi: apply(xi, model_state, x_P), params)
+            check_output(N_P, g)
+            CN = C(N_P)
+            (grad,) = pull(jax.tree.map(jnp.subtract, CN, g))
+            return (0.5 * tree_vdot(N_P, CN) - tree_vdot(N_P, g), ({}, model_state)), mean(grad)
+
+        state, _, value, _ = fit(value_and_grad, optimizer, num_steps, state, None)
+        on_P, on_Q = (apply(state.params, state.model_state, x) for x in (x_P, x_Q))
+        # The best multiple: a network that knows nothing yet is no step, and none leads uphill.
+        along, curved = mean((tree_vdot(on_P, g), tree_vdot(on_P, C(on_P))))
+        best = jnp.where(curved > 0, along / jnp.where(curved > 0, curved, 1.0), 0.0)
+        N_P, N_Q = (jax.tree.map(lambda x: best.astype(x.dtype) * x, N) for N in (on_P, on_Q))
+        return N_P, N_Q, state if warm_start else (), {"newton_objective": value}
+
+    return Adjoint(init, fit_adjoint, newton=fit_newton)

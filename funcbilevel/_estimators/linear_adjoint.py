@@ -61,4 +61,16 @@ def linear_adjoint(features: Features, ridge: float = 0.0, num_steps: int = 500)
         W, metrics = ridge_solution(C, rhs, phi_P, v_P, ridge, num_steps, mean)
         return jax.tree.map(lambda W: jnp.tensordot(phi_P, W, 1), W), state, metrics
 
-    return Adjoint(no_state, fit)
+    def newton(
+        system: AdjointSystem, model: Model, inner: FitState, state: PyTree, key: Key | None, /
+    ) -> tuple[Prediction, Prediction, PyTree, Metrics]:
+        del model, key
+        C, g, v_P, x_P, x_Q, mean = system
+        phi_P, phi_Q = (evaluate_features("linear_adjoint", features, inner, x) for x in (x_P, x_Q))
+        wide = working_dtype((phi_P, g))
+        rhs = jax.tree.map(lambda g: mean(moments(phi_P.astype(wide), g)), tree_cast(g, wide))
+        W, metrics = ridge_solution(C, rhs, phi_P, v_P, ridge, num_steps, mean)
+        N_P, N_Q = (jax.tree.map(lambda W, phi=phi: jnp.tensordot(phi, W, 1), W) for phi in (phi_P, phi_Q))
+        return N_P, N_Q, state, {"newton_residual": metrics["linear_residual"]}
+
+    return Adjoint(no_state, fit, newton=newton, linear=True)

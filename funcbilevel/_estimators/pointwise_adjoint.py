@@ -12,7 +12,7 @@ from funcbilevel._fit import FitState
 from funcbilevel._linear_solvers import in_working_dtype, linear_metrics, rescaled
 from funcbilevel._model import Model
 from funcbilevel._tree import tree_cast, tree_scaled, tree_size, working_dtype
-from funcbilevel._typing import Key, LinearMap, Metrics, Prediction, PyTree
+from funcbilevel._typing import Inputs, Key, LinearMap, Metrics, Prediction, PyTree
 
 
 @described
@@ -52,12 +52,7 @@ def pointwise_adjoint() -> Adjoint:
     ) -> tuple[Prediction, PyTree, Metrics]:
         del model, inner, key
         C, d, _, x_P, x_Q, _ = system
-        shapes_P, shapes_Q = jax.eval_shape(lambda: (x_P, x_Q))
-        mend = (
-            "both batches must hold the same inputs in the same order. For inputs that differ use fb.linear_adjoint or "
-            "fb.learned_adjoint."
-        )
-        check_like("pointwise_adjoint", "inputs of outer_batch", shapes_Q, shapes_P, mend)
+        _check_inputs(x_P, x_Q)
         rhs = jax.tree.map(jnp.negative, tree_cast(d, working_dtype(d)))
         a_P = _solve_blocks(in_working_dtype(C, d), rhs)
         product, unit = rescaled(C, d)(a_P), 1.0 / tree_size(d)
@@ -69,7 +64,27 @@ def pointwise_adjoint() -> Adjoint:
         metrics |= {"adjoint_inconsistent": inconsistent, "adjoint_inputs_match": jnp.all(jnp.stack(same))}
         return a_P, state, metrics
 
-    return Adjoint(no_state, fit)
+    def newton(
+        system: AdjointSystem, model: Model, inner: FitState, state: PyTree, key: Key | None, /
+    ) -> tuple[Prediction, Prediction, PyTree, Metrics]:
+        del model, inner, key
+        C, g, _, x_P, x_Q, _ = system
+        _check_inputs(x_P, x_Q)
+        rhs = tree_cast(g, working_dtype(g))
+        N = _solve_blocks(in_working_dtype(C, g), rhs)
+        residual = linear_metrics(rescaled(C, g)(N), rhs, N, g)["linear_residual"]
+        return N, N, state, {"newton_residual": residual}
+
+    return Adjoint(no_state, fit, newton=newton, linear=True)
+
+
+def _check_inputs(x_P: Inputs, x_Q: Inputs) -> None:
+    shapes_P, shapes_Q = jax.eval_shape(lambda: (x_P, x_Q))
+    mend = (
+        "both batches must hold the same inputs in the same order. For inputs that differ use fb.linear_adjoint or "
+        "fb.learned_adjoint."
+    )
+    check_like("pointwise_adjoint", "inputs of outer_batch", shapes_Q, shapes_P, mend)
 
 
 def _rows(tree: Prediction) -> jax.Array:

@@ -25,6 +25,8 @@ def value_penalty(
     First derivatives only. The bias is of order 1/lambda where the inner objective is strongly convex in theta; the
     error of y and theta, and rounding, are multiplied by lambda.
 
+    Order: first. Memory: one vector like theta, and its optimizer's state.
+
     Arguments:
         optimizer: any optax optimizer, for y.
         num_steps: K >= 1, its steps per outer step.
@@ -59,6 +61,7 @@ def value_penalty(
         problem: ParametricProblem, outer_params: OuterParams, theta: InnerParams, inner_batch: Batch, d: InnerParams
     ) -> Metrics:
         gradient = jax.grad(lambda theta: inner_value(problem, outer_params, theta, inner_batch)[0])(theta)
-        return stationarity(tree_norm(mean_over_devices(problem, gradient)), tree_norm(d) / penalty)
+        norm = tree_norm(mean_over_devices(problem, gradient))
+        return stationarity(norm, norm, tree_norm(d) / penalty)
 
     return penalised("value_penalty", suboptimality, optimizer, num_steps, penalty, warm_start, at_theta)

@@ -1,0 +1,155 @@
+"""Preconditioned conjugate gradients: right answers, fewer products, and what may go wrong."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import funcbilevel as fb
+
+
+class Matrix(NamedTuple):
+    H: np.ndarray
+    b: np.ndarray
+    condition: tuple[float, float]  # the range in which its condition number lies
+    rank: int
+    steps: int  # after the sketch
+
+
+@functools.cache
+def data_cleaning() -> Matrix:
+    """Weighted softmax regression on samples near a subspace, with the small penalty that data cleaning has."""
+    rng = np.random.default_rng(0)
+    n, p, k = 300, 40, 3
+    X = rng.normal(size=(n, p)) * np.arange(1, p + 1.0)[None] ** -1.5
+    s = np.exp(rng.normal(size=(n, k)))
+    s, w = s / s.sum(1, keepdims=True), rng.uniform(0.1, 1.0, n)
+    C = w[:, None, None] * (np.eye(k) * s[:, :, None] - s[:, :, None] * s[:, None, :]) / n
+    H = np.einsum("np,nkl,nq->pkql", X, C, X).reshape(p * k, p * k)
+    return Matrix(H + 1e-6 * np.eye(p * k), rng.normal(size=p * k) @ H, (1e5, 1e6), 40, 60)
+
+
+@functools.cache
+def penalties() -> Matrix:
+    """Logistic regression with a log-penalty for each feature."""
+    rng = np.random.default_rng(1)
+    n, p = 500, 100
+    X = rng.normal(size=(n, p)) @ np.linalg.qr(rng.normal(size=(p, p)))[0] / np.arange(1, p + 1.0)
+    s = 1 / (1 + np.exp(rng.normal(size=n)))
+    H = X.T @ ((s * (1 - s))[:, None] * X) / n + np.diag(np.exp(rng.uniform(-14, 0, p)))
+    return Matrix(H, rng.normal(size=p), (1e4, 1e5), 40, 60)
+
+
+def error(solver: fb.LinearSolver, matrix: Matrix, dtype: Any) -> float:
+    H, b = jnp.asarray(matrix.H, dtype), jnp.asarray(matrix.b, dtype)
+    got = np.asarray(jax.jit(lambda b: solver.solve(lambda t: H @ t, b, None))(b), np.float64)
+    exact = np.linalg.solve(matrix.H, matrix.b)
+    return float(np.linalg.norm(got - exact) / np.linalg.norm(exact))
+
+
+@pytest.mark.parametrize("build", [data_cleaning, penalties])
+@pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32])
+def test_half_the_products_of_plain_conjugate_gradients(x64, build, dtype):
+    matrix = build()
+    eigenvalues = np.linalg.eigvalsh(matrix.H)
+    low, high = matrix.condition
+    assert low < eigenvalues[-1] / eigenvalues[0] < high
+    products = matrix.rank + matrix.steps
+    ours = error(fb.nystrom_cg(matrix.steps, matrix.rank, 0.0), matrix, dtype)
+    plain = error(fb.cg(2 * products), matrix, dtype)
+    print(build.__name__, dtype.__name__, eigenvalues[-1] / eigenvalues[0], products, ours, plain)
+    # The condition number times the machine epsilon is what float32 leaves of a solution.
+    assert ours < (1e-3 if dtype == jnp.float64 else 2e-2)
+    assert ours < plain
+
+
+def test_diagonal(x64):
+    """A user's own preconditioner, where the diagonal is what is ill-conditioned."""
+    matrix = penalties()
+    scale = jnp.asarray(1 / np.diag(matrix.H))
+    ours = error(fb.cg(60, preconditioner=lambda matvec, b: lambda r: scale * r), matrix, jnp.float64)
+    assert ours < 1e-3
+    assert ours < error(fb.cg(120), matrix, jnp.float64)
+
+
+def ridge(omega: Any, theta: Any, batch: Any) -> jax.Array:
+    x, y = batch
+    values = x @ theta["w"] + theta["b"]
+    return jnp.mean(jnp.cosh(values - y)) + jnp.sum(jnp.exp(omega["w"]) * theta["w"] ** 2) + theta["b"] ** 2
+
+
+PROBLEM = fb.ParametricProblem(
+    ridge, lambda omega, theta, batch: jnp.mean((batch[0] @ theta["w"] + theta["b"] - batch[1]) ** 2)
+)
+SOLVERS = {
+    "nystrom": fb.nystrom_cg(5, 3, 1e-3),
+    "nystrom-full": fb.nystrom_cg(2, 99, 1e-3),
+    "diagonal": fb.cg(5, 1e-3, preconditioner=lambda matvec, b: lambda r: jax.tree.map(lambda r: 0.3 * r, r)),
+}
+
+
+def point(dtype: Any) -> tuple[Any, ...]:
+    rng = np.random.default_rng(2)
+    x, y = (jnp.asarray(rng.normal(size=s), dtype) for s in ((6, 4), 6))
+    omega = {"w": jnp.asarray(rng.normal(size=4), dtype)}
+    theta = {"b": jnp.asarray(0.2, dtype), "unseen": jnp.ones(2, dtype), "w": jnp.asarray(rng.normal(size=4), dtype)}
+    return omega, theta, (x, y)
+
+
+@pytest.mark.filterwarnings("ignore:.*unseen")
+@pytest.mark.parametrize("name", SOLVERS)
+def test_pytrees_second_derivatives_and_vmap(x64, name):
+    """Second derivatives in forward mode."""
+    omega, theta, batch = point(jnp.float64)
+
+    def size(solver: fb.LinearSolver, omega: Any) -> jax.Array:
+        h = fb.hypergradient(PROBLEM, None, fb.aid(solver, False), omega, theta, batch, batch)
+        return jnp.sum(h.gradient["w"] ** 3)
+
+    def all_of(solver: fb.LinearSolver) -> Any:
+        both = {"w": jnp.stack([omega["w"], -omega["w"]])}
+        along = functools.partial(jax.jvp, functools.partial(size, solver))
+        return jax.jit(lambda: jax.vmap(lambda omega: along((omega,), (omega,)))(both))()
+
+    for got, expected in zip(
+        jax.tree.leaves(all_of(SOLVERS[name])), jax.tree.leaves(all_of(fb.cg(50, 1e-3))), strict=True
+    ):
+        np.testing.assert_allclose(got, expected, rtol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_low_precision_stays_finite(dtype):
+    omega, theta, batch = point(dtype)
+    del theta["unseen"]
+    h = jax.jit(
+        lambda: fb.hypergradient(PROBLEM, None, fb.aid(fb.nystrom_cg(5, 3, 1e-3)), omega, theta, batch, batch)
+    )()
+    assert h.gradient["w"].dtype == dtype
+    assert bool(h.metrics["linear_converged"])
+
+
+@pytest.mark.parametrize(
+    "eigenvalues", [np.zeros(4), np.array([1.0, 1e-30, 0.0, 0.0]), np.array([2.0, 1.0, 0.5, -1.0]), np.full(4, 1e-30)]
+)
+def test_singular_indefinite_and_tiny_matrices(eigenvalues):
+    """Nothing that is not finite; and what `cg` would have found in the range of the matrix."""
+    A = jnp.asarray(np.diag(eigenvalues), jnp.float32)
+    rhs = jnp.where(jnp.diag(A) > 0, 1.0, 0.0)
+    u = jax.jit(lambda b: fb.nystrom_cg(8, 3, 0.0).solve(lambda t: A @ t, b, None))(rhs)
+    assert bool(jnp.all(jnp.isfinite(u)))
+    if np.all(eigenvalues == 1e-30):
+        np.testing.assert_allclose(u, 1e30, rtol=1e-3)
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match="rank"):
+        fb.nystrom_cg(5, 0, 0.1)
+    with pytest.raises(ValueError, match="damping"):
+        fb.nystrom_cg(5, 2, -0.1)
+    with pytest.raises(TypeError, match="preconditioner"):
+        fb.cg(5, preconditioner=3.0)
+    with pytest.raises(ValueError, match="preconditioner's result has shape"):
+        fb.cg(5, preconditioner=lambda A, b: lambda r: r[:2]).solve(lambda t: t, jnp.ones(3), None)
