@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from funcbilevel._arguments import check_callable, check_like
 from funcbilevel._draws import FiniteSum, Minibatches, Sampler
+from funcbilevel._tracing import programs
 from funcbilevel._typing import Batch, Key, PyTree
 
 DataFunction: TypeAlias = Callable[[Key, jax.Array], tuple[Batch, Batch]]
@@ -285,17 +286,10 @@ def _text(jaxpr: Any) -> str:
 
 
 def _constants(jaxpr: Any) -> Iterator[Any]:
-    """All arrays in a program, those of loops, branches and jitted functions inside included."""
-    yield from getattr(jaxpr, "consts", ())
-    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
-        yield from (variable.val for variable in equation.invars if hasattr(variable, "val"))
-        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_jaxpr):
-            if _is_jaxpr(inner):
-                yield from _constants(inner)
-
-
-def _is_jaxpr(x: Any) -> bool:
-    return hasattr(x, "eqns")
+    """All arrays in a program, those of the programs inside it included."""
+    for program in programs(jaxpr):
+        yield from getattr(program, "consts", ())
+        yield from (x.val for equation in program.eqns for x in equation.invars if hasattr(x, "val"))
 
 
 def _same_value(a: Any, b: Any) -> bool:

@@ -35,16 +35,17 @@ def dependence(f: Callable[..., jax.Array], *args: PyTree) -> tuple[list[PyTree]
 
 def reverse_only(f: Callable[..., Any], *args: PyTree) -> bool:
     """Whether f calls a `jax.custom_vjp` function: such a function has no forward derivative."""
-    return any(name.startswith("custom_vjp_call") for name in _primitives(jax.make_jaxpr(f)(*args).jaxpr))
+    equations = (equation for program in programs(jax.make_jaxpr(f)(*args)) for equation in program.eqns)
+    return any(equation.primitive.name.startswith("custom_vjp_call") for equation in equations)
 
 
-def _primitives(jaxpr: Any) -> Iterator[str]:
-    """The names of all primitives, those of loops, branches and jitted functions inside included."""
+def programs(jaxpr: Any) -> Iterator[Any]:
+    """A program and all inside it: of loops, branches and jitted functions, closed or not."""
+    yield jaxpr
     for equation in jaxpr.eqns:
-        yield equation.primitive.name
         for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_jaxpr):
             if _is_jaxpr(inner):
-                yield from _primitives(getattr(inner, "jaxpr", inner))
+                yield from programs(inner)
 
 
 def _is_jaxpr(x: Any) -> bool:

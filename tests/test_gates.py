@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -193,7 +194,7 @@ def toy(n=400, seed=0):
 
 @pytest.mark.parametrize("method", ["alternating", "group-lasso"])
 def test_selects_what_matters(method):
-    setting = SMALL._replace(num_steps=300, inner_steps=1)
+    setting = replace(SMALL, num_steps=300, inner_steps=1)
     weak, strong = (0.02, 5.0) if method != "group-lasso" else (0.25, 50.0)
     rate = 0.1 if method == "group-lasso" else 0.02
     hypers = [Hyper(penalty, rate, 0.02) for penalty in (0.0, weak, strong)]
@@ -206,7 +207,7 @@ def test_selects_what_matters(method):
 
 def test_refit_sees_the_selected_features_only():
     masks = np.array([[[True, True, True], [True, True, False], [False, False, True]]])
-    setting, tables = SMALL._replace(num_steps=200), [toy()]
+    setting, tables = replace(SMALL, num_steps=200), [toy()]
     validation, test = train.measure(setting, tables, masks, [0])
     assert test[0, :2].min() > 0.9
     assert abs(test[0, 2] - 0.5) < 0.1

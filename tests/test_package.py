@@ -87,7 +87,9 @@ def allowed(module: str) -> set[str]:
     lower = set[str]().union(*LAYERS)
     tasks = {"", *(m for m in SHORT if m.partition(".")[0] == "tasks")}
     if module.partition(".")[0] in ("cli", "tasks"):
-        return tasks
+        return {*tasks, "iv"}
+    if module == "iv":
+        return {"", *(m for m in tasks if m.startswith("tasks._instrumental"))}
     if module.partition(".")[0] == "contrib":
         return {""}
     if module.startswith("_estimators"):
@@ -116,6 +118,19 @@ def test_the_package_itself_imports_neither_tasks_nor_the_command_line() -> None
 def test_a_task_does_not_import_the_command_line() -> None:
     for module in SHORT:
         assert module == "cli" or "cli" not in imports(source(module))
+
+
+TASKS = [module for module in SHORT if module.startswith("tasks.")]
+SHARED_BY_TASKS = {"_experiment", "_instrumental", "data"}  # what tasks import besides themselves
+
+
+@pytest.mark.parametrize("module", TASKS)
+def test_tasks_are_apart_and_their_files_short(module: str) -> None:
+    own = module.split(".")[1]
+    others = {name.split(".")[1] for name in imports(source(module)) if name.startswith("tasks.")} - {own}
+    lower = {"_experiment": set(), "data": {"_experiment"}, "_instrumental": {"_experiment", "data"}}
+    assert others <= lower.get(own, SHARED_BY_TASKS)
+    assert len(source(module).read_text(encoding="utf-8").splitlines()) <= 450
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)

@@ -26,7 +26,7 @@ class Task(NamedTuple):
     Attributes:
         name: in `funcbilevel run <name>`.
         report: `(directory) -> Report`, from the records alone.
-        run, compare: the options of the two commands; None if it has only one of them.
+        run, compare, fit: the options of these commands; None for those that it has not.
         records: the task's name in records, if it is another.
     """
 
@@ -34,6 +34,7 @@ class Task(NamedTuple):
     report: Callable[[Path], Report]
     run: type[Options] | None = None
     compare: type[Options] | None = None
+    fit: type[Options] | None = None
     records: str = ""
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 from funcbilevel.tasks._experiment import store
+from funcbilevel.tasks._experiment.claims import claims
 from funcbilevel.tasks._experiment.store import Result, Run, Store
 
 Callback: TypeAlias = Callable[[Any, Mapping[str, Any]], None]
@@ -88,7 +89,7 @@ def complete(
     groups: dict[Hashable, list[Run]] = {}
     for run in runs:
         groups.setdefault(together(run), []).append(run)
-    with store.claims(where.directory) as claim:
+    with claims(where.directory) as claim:
         for wait in (False, True):
             for group, of_group in list(groups.items()):
                 with claim(_name(where, of_group), wait) as mine:

@@ -53,6 +53,17 @@ def table(*methods: Method) -> dict[str, Method]:
     return by_name
 
 
+def find(methods: Methods, name: str) -> Method:
+    """The method of this name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in methods:
+        raise ValueError(f"method must be one of {', '.join(methods)}, got {name!r}.")
+    return methods[name]
+
+
 def choices(methods: Methods) -> tuple[str, ...]:
     """The names that the command line takes."""
     return tuple(name for name, method in methods.items() if not method.always)

@@ -31,6 +31,10 @@ class Options:
     beside: ClassVar[tuple[str, ...]] = ()
     """Options that are no settings: they say where data are, or how many runs there are to be. A run with others may
     go on in the same directory."""
+    counts: ClassVar[tuple[str, ...]] = ()
+    """Options that must be at least 1; those of base classes are checked, too."""
+    not_negative: ClassVar[tuple[str, ...]] = ()
+    """Options that must be at least 0, likewise."""
     spread: ClassVar[bool] = False
     """Whether runs are spread over devices: a CPU's cores then count as devices."""
     seed: int = 0
@@ -60,11 +64,10 @@ class Options:
         others = ("output_dir", "progress", "device", *self.beside)
         return {name: value for name, value in asdict(self).items() if name not in others}
 
-    def check_counts(self, *names: str) -> None:
-        """Raises a UserError if one of these options is given and below 1."""
-        for name in names:
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise UserError(f"{flag(name)} must be at least 1, got {value}.")
+    def check_sample_size(self, name: str) -> None:
+        """Raises a UserError unless the option, if it is given, has two halves of at least ten."""
+        if (n := getattr(self, name)) is not None and (n < 20 or n % 2):
+            raise UserError(f"{flag(name)} must be even and at least 20, got {n}.")
 
 
 @dataclass(frozen=True)
@@ -72,13 +75,13 @@ class Seeded(Options):
     """What a command with several seeds takes besides."""
 
     beside = ("seed", "seeds")
+    counts = ("seeds",)
     seeds: int = 5
     """Number of seeds, from --seed on."""
 
     def check(self) -> None:
         """Raises a UserError that names an option out of range."""
         super().check()
-        self.check_counts("seeds")
         if self.seed + self.seeds - 1 > LARGEST:
             raise UserError(f"--seed plus --seeds must be at most {LARGEST}, got {self.seed} and {self.seeds}.")
 
@@ -116,8 +119,8 @@ def check_values(options: Options) -> None:
     """What holds for every option of every task.
 
     Raises:
-        UserError: a number is not finite or too large, a seed is negative, a text stands twice in a list, or a list is
-            empty whose default is not.
+        UserError: a number is not finite, too large or too small, a seed is negative, there is no such file, a text
+            stands twice in a list, or a list is empty whose default is not.
     """
     for field in fields(options):
         name, value = field.name, getattr(options, field.name)
@@ -133,6 +136,14 @@ def check_values(options: Options) -> None:
                 raise UserError(f"{flag(name)} must name each once, got {', '.join(texts)}.")
             if not value and field.default:
                 raise UserError(f"{flag(name)} must name at least one, got none.")
+        if isinstance(value, Path) and name != "output_dir" and not value.exists():
+            raise UserError(f"{flag(name)}: there is no {value}.")
+    for low, kind in enumerate(("not_negative", "counts")):
+        for name in {name for base in type(options).__mro__ for name in vars(base).get(kind, ())}:
+            value = getattr(options, name)
+            items = value if isinstance(value, tuple) else (value,)
+            if any(item is not None and item < low for item in items):
+                raise UserError(f"{flag(name)} must be at least {low}, got {', '.join(map(str, items))}.")
     if options.seed < 0:
         raise UserError(f"--seed must be from 0 to {LARGEST}, got {options.seed}.")
 

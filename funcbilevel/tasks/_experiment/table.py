@@ -1,6 +1,7 @@
 """Tables, in Markdown and for a terminal."""
 
-from collections.abc import Iterable, Sequence
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -69,3 +70,38 @@ def fitting(header: Sequence[str], rows: Sequence[Sequence[str]], width: int) ->
         if used > width:
             return max(1, i)
     return len(header)
+
+
+class page:
+    """Tables and notes, one below the other; a note is broken at 78 characters, and several lines of one are indented.
+
+    Args:
+        parts: what rich can render, and texts.
+    """
+
+    def __init__(self, *parts: Any) -> None:
+        self.parts = parts
+
+    def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "RenderResult":
+        """Yields the parts with an empty line between them."""
+        for i, part in enumerate(self.parts):
+            if i:
+                yield ""
+            yield _broken(part) if isinstance(part, str) else part
+
+
+def _broken(text: str) -> str:
+    lines = text.splitlines()
+    return "\n".join(textwrap.fill(line, 78, subsequent_indent="  " if len(lines) > 1 else "") for line in lines)
+
+
+def facts(lines: Mapping[str, str]) -> "RenderableType":
+    """Names and what there is to say of them, less those without a text."""
+    from rich.table import Table  # noqa: PLC0415
+    from rich.text import Text  # noqa: PLC0415
+
+    grid = Table.grid(padding=(0, 2))
+    for name, text in lines.items():
+        if text:
+            grid.add_row(Text(name), Text(text))
+    return grid

@@ -33,63 +33,43 @@ class Setting(NamedTuple):
     inner_ridge: float = 1e-3
     outer_ridge: float = 1e-3
 
-    @property
-    def treatment_features(self) -> int:
+    def treatment_features(self, num_treatments: int = 1) -> int:
         """Number of features of the treatment: what h predicts."""
-        return self.treatment_widths[-1] + 1 + self.linear_part
+        return self.treatment_widths[-1] + 1 + num_treatments * self.linear_part
 
 
 Hyper: TypeAlias = Mapping[str, float]
 
 
-def _funcid_linear(features: fb.Model, setting: Setting, ridge_ratio: float) -> fb.Estimator:
+def _funcid_linear(features: fb.Model, setting: Setting, k: int, ridge_ratio: float) -> fb.Estimator:
     return fb.funcid(fb.linear_adjoint(features, ridge=2 * setting.inner_ridge * ridge_ratio))
 
 
-def _funcid_learned(features: fb.Model, setting: Setting, learning_rate: float) -> fb.Estimator:
-    head = fb.from_linen(linen.Dense(setting.treatment_features, use_bias=False, kernel_init=linen.initializers.zeros))
+def _funcid_learned(features: fb.Model, setting: Setting, k: int, learning_rate: float) -> fb.Estimator:
+    head = fb.from_linen(linen.Dense(k, use_bias=False, kernel_init=linen.initializers.zeros))
     optimizer = adam(learning_rate, 2 * setting.inner_ridge)
     return fb.funcid(fb.learned_adjoint(optimizer, setting.inner_steps, head, features=features))
 
 
-def _alternating(features: fb.Model, setting: Setting) -> fb.Estimator:
+def _alternating(features: fb.Model, setting: Setting, k: int) -> fb.Estimator:
     return fb.alternating()  # with a head in closed form the explicit part is DFIV's derivative, through the head
 
 
-def _aid(features: fb.Model, setting: Setting, damping: float) -> fb.Estimator:
+def _aid(features: fb.Model, setting: Setting, k: int, damping: float) -> fb.Estimator:
     return fb.aid(fb.cg(10, damping))
 
 
 REGRESSION, TWO_STAGE, LEAST_SQUARES = "single-objective", "iv2sls", "ols"
+FUNCID_LINEAR = Method("funcid-linear", "FuncID, the adjoint linear in the features of h", colour="C3")
+FUNCID_LEARNED = Method("funcid-learned", "FuncID, the adjoint's head trained by Adam", colour="C1")
+DFIV = Method("dfiv", "deep feature IV, the derivative through the head of h alone", colour="C0")
+AID_CG = Method("aid-cg", "implicit differentiation by conjugate gradients", colour="C2")
 METHODS = table(
-    Method(
-        "funcid-linear",
-        "FuncID, the adjoint linear in the features of h",
-        _funcid_linear,
-        ({"ridge_ratio": 1.0}, {"ridge_ratio": 10.0}),
-        colour="C3",
-    ),
-    Method(
-        "funcid-learned",
-        "FuncID, the adjoint's head trained by Adam",
-        _funcid_learned,
-        ({"learning_rate": 1e-2}, {"learning_rate": 1e-3}),
-        colour="C1",
-    ),
-    Method(
-        "dfiv",
-        "deep feature IV, the derivative through the head of h alone",
-        _alternating,
-        ({"inner_ridge": 1.0}, {"inner_ridge": 10.0}),  # multiples of the setting's
-        colour="C0",
-    ),
-    Method(
-        "aid-cg",
-        "implicit differentiation by conjugate gradients",
-        _aid,
-        ({"damping": 1e-1}, {"damping": 10.0}),
-        colour="C2",
-    ),
+    FUNCID_LINEAR._replace(build=_funcid_linear, trials=({"ridge_ratio": 1.0}, {"ridge_ratio": 10.0})),
+    FUNCID_LEARNED._replace(build=_funcid_learned, trials=({"learning_rate": 1e-2}, {"learning_rate": 1e-3})),
+    # multiples of the setting's
+    DFIV._replace(build=_alternating, trials=({"inner_ridge": 1.0}, {"inner_ridge": 10.0})),
+    AID_CG._replace(build=_aid, trials=({"damping": 1e-1}, {"damping": 10.0})),
     Method(
         REGRESSION,
         "no instruments: regression on treatment and covariates",
@@ -100,7 +80,9 @@ METHODS = table(
     Method(TWO_STAGE, "two-stage least squares, linear", always=True, colour="0.7"),
     Method(LEAST_SQUARES, "ordinary least squares, linear", always=True, colour="0.3"),
 )
-"""The trials are the hyper-parameters of a method's own; `trials` has all."""
+"""`build(features of h, setting, number of h's outputs, **hyper) -> estimator`.
+
+The trials are the hyper-parameters of a method's own; `trials` has all."""
 
 
 def trials(method: str, setting: Setting) -> tuple[Hyper, ...]:

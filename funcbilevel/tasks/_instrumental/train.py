@@ -38,26 +38,41 @@ class Solver(NamedTuple):
         bilevel: the solver.
         init: `(key, data) -> state`.
         batches: `data -> (inner batch, outer batch)`.
-        evaluate: `(state, data) -> Evaluation`.
+        second_stage: `(state, data) -> (u, seen)`: the second stage fitted to the outer sample, and its features of a
+            batch, so that `seen(batch) @ u` is E[f(p, c) | z]. Of the state it reads outer_params, inner_params and
+            model_state.
+        structural: `(omega, u, batch) -> f(p, c)`, [n].
     """
 
     bilevel: fb.BilevelSolver
     init: Callable[[jax.Array, Data], fb.BilevelState]
     batches: Callable[[Data], tuple[Batch, Batch]]
-    evaluate: Callable[[fb.BilevelState, Data], Evaluation]
+    second_stage: Callable[[Any, Data], tuple[jax.Array, Callable[[Batch], jax.Array]]]
+    structural: Callable[[OuterParams, jax.Array, Batch], jax.Array]
+
+    def evaluate(self, state: fb.BilevelState, data: Data) -> Evaluation:
+        """How good a state is."""
+        u, seen = self.second_stage(state, data)
+        loss = jnp.mean((seen(data.validation) @ u - data.validation.y) ** 2)
+        predictions = self.structural(state.outer_params, u, data.points)
+        return Evaluation(predictions * data.y_std + data.y_mean, loss * data.y_std**2)
 
 
 @cache
 def _solver(method: str, setting: Setting, own: tuple[tuple[str, float], ...]) -> Solver:
+    return solver_of(method, setting, own)
+
+
+def solver_of(method: str, setting: Setting, own: tuple[tuple[str, float], ...], num_treatments: int = 1) -> Solver:
+    """The solver of a method with hyper-parameters of its own; rates and ridges of the setting may be traced."""
     estimator: Any = METHODS[method].build
-    instrumental = method != REGRESSION
-    ridge = setting.outer_ridge
+    instrumental, ridge, k = method != REGRESSION, setting.outer_ridge, setting.treatment_features(num_treatments)
     psi, xi, phi = (
         Net(widths, setting.linear_part)
         for widths in (setting.treatment_widths, setting.covariate_widths, setting.instrument_widths)
     )
     features = fb.from_linen(phi)
-    h = fb.variable_projection(features, setting.treatment_features, ridge=2 * setting.inner_ridge)
+    h = fb.variable_projection(features, k, ridge=2 * setting.inner_ridge)
     if not instrumental:  # no inner level: the follower is a mere zero
         h = fb.from_function(lambda key, z: jnp.zeros(()), lambda theta, z: theta * jnp.ones(len(z)))
     schedule: Any = optax.cosine_decay_schedule(setting.outer_learning_rate, setting.num_outer_steps)
@@ -79,7 +94,7 @@ def _solver(method: str, setting: Setting, own: tuple[tuple[str, float], ...]) -
     bilevel = fb.bilevel(
         problem,
         h,
-        estimator(features, setting, **dict(own)),
+        estimator(features, setting, k, **dict(own)),
         inner_optimizer=adam(setting.inner_learning_rate, 0.0),
         outer_optimizer=adam(schedule, 0.0),
         inner_steps=setting.inner_steps if instrumental else 1,
@@ -93,7 +108,7 @@ def _solver(method: str, setting: Setting, own: tuple[tuple[str, float], ...]) -
     def batches(data: Data) -> tuple[Batch, Batch]:
         return (data.inner, data.outer) if instrumental else (data.inner, whole(data))
 
-    def evaluate(state: fb.BilevelState, data: Data) -> Evaluation:
+    def second_stage(state: Any, data: Data) -> tuple[jax.Array, Callable[[Batch], jax.Array]]:
         omega = state.outer_params
         if instrumental:
             h_fitted = fb.predictor(problem, h, omega, state.inner_params, data.inner, state.model_state)
@@ -106,12 +121,12 @@ def _solver(method: str, setting: Setting, own: tuple[tuple[str, float], ...]) -
                 return with_covariates(omega, treatment(omega, batch), batch)
 
         sample = batches(data)[1]
-        u = ridge_regression(seen(sample), sample.y, ridge)
-        structural = with_covariates(omega, treatment(omega, data.points), data.points) @ u
-        loss = jnp.mean((seen(data.validation) @ u - data.validation.y) ** 2)
-        return Evaluation(structural * data.y_std + data.y_mean, loss * data.y_std**2)
+        return ridge_regression(seen(sample), sample.y, ridge), seen
 
-    return Solver(bilevel, init, batches, evaluate)
+    def structural(omega: OuterParams, u: jax.Array, batch: Batch) -> jax.Array:
+        return with_covariates(omega, treatment(omega, batch), batch) @ u
+
+    return Solver(bilevel, init, batches, second_stage, structural)
 
 
 def fit(
@@ -136,7 +151,7 @@ def fit(
     state, metrics = fb.train(
         solver.bilevel._replace(step=jax.vmap(solver.bilevel.step)),
         jax.jit(jax.vmap(solver.init))(keys, stacked),
-        jax.tree_util.Partial(_constant, batches),
+        jax.tree_util.Partial(constant, batches),
         setting.num_outer_steps,
         chunk=min(50, setting.num_outer_steps),
         callback=mean_over_seeds,
@@ -147,7 +162,9 @@ def fit(
     return evaluation, {name: values[-1] for name, values in metrics.items()}
 
 
-def _constant(batches: Any, key: jax.Array, step: jax.Array) -> Any:
+def constant(batches: Any, key: jax.Array, step: jax.Array) -> Any:
+    """For `fb.train`: the same batches at every step."""
+    del key, step
     return batches
 
 

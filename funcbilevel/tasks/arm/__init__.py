@@ -18,6 +18,7 @@ class RunArm(Sweep):
 
     task = "arm"
     table = METHODS
+    counts = ("updates", "inner_steps", "width")
     methods: tuple[str, ...] = (CONTROL, "aid-cg")
     """Methods to run; table and figure show all that the output directory holds."""
     seeds: int = 1
@@ -28,11 +29,6 @@ class RunArm(Sweep):
     """Follower's steps per step of the leader."""
     width: int = 16
     """Width of the hidden layer of each of the two networks."""
-
-    def check(self) -> None:
-        """Raises a UserError that names an option out of range."""
-        super().check()
-        self.check_counts("updates", "inner_steps", "width")
 
     @property
     def setting(self) -> Setting:

@@ -1,5 +1,7 @@
 """How leader and follower are trained on the arm, and the weighted reward, one objective for both."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -7,25 +9,17 @@ import optax
 
 import funcbilevel as fb
 from funcbilevel.tasks._experiment.methods import Method, table
-from funcbilevel.tasks._experiment.players import finite, move, solver_of_step
+from funcbilevel.tasks._experiment.players import PlayersSetting, estimators, finite, move, solver_of_step
 from funcbilevel.tasks.arm.problem import Episodes, init_leader, init_network
 
 
-class Setting(NamedTuple):
-    """What decides the compiled program.
-
-    Attributes:
-        width: of the hidden layer of each network.
-        batch_size: episodes per step, drawn anew for each.
-        inner_steps: the follower's steps per step of the leader.
-        solver_steps, damping: of the linear solver of `aid-cg`.
-    """
+@dataclass(frozen=True)
+class Setting(PlayersSetting):
+    """What decides the compiled program; samples are episodes."""
 
     width: int = 16
     batch_size: int = 8
     inner_steps: int = 3
-    solver_steps: int = 5
-    damping: float = 0.1
 
 
 class Hyper(NamedTuple):
@@ -52,12 +46,12 @@ class Game(NamedTuple):
     follower_optimizer: optax.GradientTransformation
 
 
-def _sequential(game: Game, estimator: fb.Estimator) -> fb.BilevelSolver:
+def _sequential(estimator: Callable[[Any], fb.Estimator]) -> Callable[[Game], fb.BilevelSolver]:
     """The follower moves, then the leader, by the estimator's hypergradient."""
-    return fb.bilevel(
+    return lambda game: fb.bilevel(
         game.problem,
         None,
-        estimator,
+        estimator(game.setting),
         inner_optimizer=game.follower_optimizer,
         outer_optimizer=game.leader_optimizer,
         inner_steps=game.setting.inner_steps,
@@ -96,6 +90,7 @@ def weighted_reward(game: Game) -> fb.BilevelSolver:
 CONTROL, ALONE = "lagrangian", "leader-only"
 _ONE = ({"leader_rate": 1e-2, "follower_rate": 1e-2}, {"leader_rate": 3e-2, "follower_rate": 3e-2})
 _TWO = ({"leader_rate": 1e-2, "follower_rate": 1e-2}, {"leader_rate": 1e-3, "follower_rate": 3e-2})
+_IN_TURN = estimators(_sequential, _TWO, chosen=1)
 METHODS = table(
     Method(
         CONTROL,
@@ -115,30 +110,7 @@ METHODS = table(
         colour="0.5",
         label="weighted reward, one network",
     ),
-    Method(
-        "alternating",
-        "each player by its own gradient",
-        lambda game: _sequential(game, fb.alternating()),
-        _TWO,
-        chosen=1,
-        colour="C1",
-    ),
-    Method(
-        "aid-cg",
-        "implicit differentiation, its linear system by conjugate gradients",
-        lambda game: _sequential(game, fb.aid(fb.cg(game.setting.solver_steps, game.setting.damping))),
-        _TWO,
-        chosen=1,
-        colour="C3",
-    ),
-    Method(
-        "itd",
-        "the follower's steps differentiated",
-        lambda game: _sequential(game, fb.itd(game.setting.inner_steps)),
-        _TWO,
-        chosen=1,
-        colour="C4",
-    ),
+    *(_IN_TURN[name] for name in ("alternating", "aid-cg", "itd")),
 )
 WEIGHTS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 MIDDLE = 0.3

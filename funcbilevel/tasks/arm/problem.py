@@ -61,13 +61,6 @@ def coriolis(arm: Arm, q: jax.Array, dq: jax.Array) -> jax.Array:
     return h * jnp.array([-(2 * dq[0] + dq[1]) * dq[1], dq[0] ** 2])
 
 
-def potential_energy(arm: Arm, q: jax.Array) -> jax.Array:
-    """V(q) in J, zero with the arm horizontal."""
-    (l1, l2), (m1, m2), m = arm.lengths, arm.masses, arm.payload
-    upper, fore = l1 * jnp.sin(q[0]), l2 * jnp.sin(q[0] + q[1])
-    return arm.gravity * ((m1 / 2 + m2 + m) * upper + (m2 / 2 + m) * fore)
-
-
 def gravity(arm: Arm, q: jax.Array) -> jax.Array:
     """d_q V, the torques that hold the arm."""
     (l1, l2), (m1, m2), m = arm.lengths, arm.masses, arm.payload

@@ -1,10 +1,9 @@
 """What is shown of the records: energy at equal tracking, and what it costs to train again after a change."""
 
-import textwrap
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +19,6 @@ from funcbilevel.tasks._experiment.statistics import mean_interval, pareto_front
 from funcbilevel.tasks._experiment.store import Record, Store
 from funcbilevel.tasks.arm.methods import ALONE, CHANGES, CONTROL, METHODS
 from funcbilevel.tasks.arm.problem import SHOWN, TEST, TORQUE, ZONE, Arm, end_point, held_out
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
 
 EQUAL = 0.09
 """Tracking at which the table compares: 3 cm, in (10 cm)^2."""
@@ -244,9 +240,7 @@ def markdown(rows: Sequence[Row], changed: Sequence[Changed]) -> str:
     return table + ("\n" + tables.markdown(CHANGES_HEADER, map(_change_cells, changed)) if changed else "")
 
 
-def _shown(rows: Sequence[Row], changed: Sequence[Changed]) -> "RenderableType":
-    from rich.console import Group  # noqa: PLC0415
-
+def _shown(rows: Sequence[Row], changed: Sequence[Changed]) -> tables.page:
     note = (
         "Test episodes, on fronts that validation chose. energy: at equal tracking over that of lagrangian (the "
         "weighted reward), mean over the range that both reach, with its 95% bootstrap interval over seeds; at an "
@@ -258,16 +252,14 @@ def _shown(rows: Sequence[Row], changed: Sequence[Changed]) -> "RenderableType":
             ("method", "energy ratio", "at 3 cm", "inside", "alone"),
             [(line[0], *line[4:8]) for line in map(_cells, rows)],
         ),
-        "",
-        textwrap.fill(note, 78),
+        note,
     ]
     if changed:
         lines = list(map(_change_cells, changed))
         header = ("change", "method", "steps", "before", "follower", "both", "ratio")
-        parts += ["", tables.terminal(header, lines, left=("change", "method")), ""]
         after = "Weighted cost after training again for so many steps: the follower alone, or both players."
-        parts.append(textwrap.fill(after, 78))
-    return Group(*parts)
+        parts += [tables.terminal(header, lines, left=("change", "method")), after]
+    return tables.page(*parts)
 
 
 def shown_paths(

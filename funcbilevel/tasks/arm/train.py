@@ -3,6 +3,7 @@
 import itertools
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -12,8 +13,10 @@ import numpy as np
 import optax
 
 import funcbilevel as fb
+from funcbilevel.tasks._experiment.cells import repeat
 from funcbilevel.tasks._experiment.grid import Callback, Track, Unit
-from funcbilevel.tasks._experiment.players import cosine
+from funcbilevel.tasks._experiment.methods import find
+from funcbilevel.tasks._experiment.players import adam
 from funcbilevel.tasks._experiment.store import Result, Run
 from funcbilevel.tasks.arm.methods import (
     CHANGES,
@@ -32,10 +35,8 @@ from funcbilevel.tasks.arm.methods import (
 from funcbilevel.tasks.arm.problem import SHOWN, TEST, VALIDATION, Arm, costs, draw_episodes, held_out, problem, rollout
 
 
-def _adam(rate: Any, steps: Any) -> optax.GradientTransformation:
-    # eps_root: `itd` differentiates the root of a second moment.
-    adam = optax.adam(lambda count: rate * cosine(count, steps), eps_root=1e-16)
-    return optax.chain(optax.clip_by_global_norm(1.0), adam)
+def _clipped_adam(rate: Any, steps: Any) -> optax.GradientTransformation:
+    return optax.chain(optax.clip_by_global_norm(1.0), adam(rate, steps))
 
 
 class Program(NamedTuple):
@@ -57,17 +58,14 @@ def program(method: str, setting: Setting) -> Program:
     Raises:
         ValueError: there is no such method, or a count is below 1.
     """
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}.")
+    build: Any = find(METHODS, method).build
     for name in ("width", "batch_size", "inner_steps", "solver_steps"):
         if (value := getattr(setting, name)) < 1:
             raise ValueError(f"{name} must be at least 1, got {value}.")
 
-    build: Any = METHODS[method].build
-
     def solver(hyper: Hyper, steps: Any) -> fb.BilevelSolver:
         follower_steps = steps * (1 if moves_at_once(method) else setting.inner_steps)
-        optimizers = _adam(hyper.leader_rate, steps), _adam(hyper.follower_rate, follower_steps)
+        optimizers = _clipped_adam(hyper.leader_rate, steps), _clipped_adam(hyper.follower_rate, follower_steps)
         return build(Game(problem(hyper.weight, hyper.payload), setting, *optimizers))
 
     def init(key: jax.Array, players: tuple[Any, Any], hyper: Hyper, steps: Any) -> fb.BilevelState:
@@ -78,14 +76,12 @@ def program(method: str, setting: Setting) -> Program:
     ) -> tuple[fb.BilevelState, dict[str, jax.Array]]:
         of_method = solver(hyper, steps)
 
-        def step(state: fb.BilevelState) -> tuple[fb.BilevelState, dict[str, jax.Array]]:
+        def step(state: fb.BilevelState, _: jax.Array) -> tuple[fb.BilevelState, dict[str, jax.Array]]:
             inner, outer = jax.random.split(jax.random.fold_in(key, state.step))
             batches = (draw_episodes(k, setting.batch_size) for k in (inner, outer))
             return of_method.step(state, *batches)
 
-        shapes = jax.eval_shape(lambda s: step(s)[1], state)
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        return jax.lax.fori_loop(0, count, lambda _, carry: step(carry[0]), (state, zeros))
+        return repeat(step, state, 0, count)
 
     return Program(
         init=jax.jit(jax.vmap(init, in_axes=(0, 0, 0, None))),
@@ -178,7 +174,7 @@ def paths(players: tuple[Any, Any]) -> jax.Array:
 
 def settings_of(setting: Setting, hyper: Hyper, updates: int) -> dict[str, Any]:
     """What a record says of a run."""
-    return {"updates": updates} | setting._asdict() | hyper._asdict()
+    return {"updates": updates} | asdict(setting) | hyper._asdict()
 
 
 def runs(methods: Iterable[str], setting: Setting, updates: int, seeds: Iterable[int]) -> list[Run]:

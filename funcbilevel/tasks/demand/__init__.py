@@ -23,6 +23,7 @@ class CompareDemand(Sweep):
 
     task = "demand"
     table = METHODS
+    not_negative = ("noise",)
     setting: ClassVar[Setting] = Setting()
     """What all methods have in common."""
     seeds: int = 10
@@ -39,12 +40,9 @@ class CompareDemand(Sweep):
     def check(self) -> None:
         """Raises a UserError that names an option out of range."""
         super().check()
-        if self.n < 20 or self.n % 2:
-            raise UserError(f"--n must be even and at least 20, got {self.n}.")
+        self.check_sample_size("n")
         if not -1 <= self.rho <= 1:
             raise UserError(f"--rho must be from -1 to 1, got {self.rho}.")
-        if self.noise < 0:
-            raise UserError(f"--noise must be at least 0, got {self.noise}.")
 
     def data(self, seed: int) -> Data:
         """A fresh sample."""

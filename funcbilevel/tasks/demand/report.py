@@ -1,10 +1,9 @@
 """What is shown of the records: test MSE by method, and the demand curves of the median seeds."""
 
-import textwrap
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -16,9 +15,6 @@ from funcbilevel.tasks._experiment.store import Store
 from funcbilevel.tasks._instrumental.methods import METHODS, REGRESSION, TWO_STAGE
 from funcbilevel.tasks._instrumental.report import Row, colours, median_of, median_seed, samples, summarise
 from funcbilevel.tasks.demand.problem import SHOWN_S, SHOWN_T, psi, published_grid, shown_line, structural
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
 
 
 def report(directory: Path) -> Report:
@@ -52,9 +48,7 @@ def _design(rows: Sequence[Row]) -> str:
     return f"n = {of['n']}, rho = {of['rho']:g}, noise = {of['noise']:g}, {seeds} seeds"
 
 
-def _shown(rows: Sequence[Row]) -> "RenderableType":
-    from rich.console import Group  # noqa: PLC0415
-
+def _shown(rows: Sequence[Row]) -> table.page:
     shown = table.terminal(HEADER, map(_cells, rows), f"Test MSE, demand design: {_design(rows)}")
     note = (
         f"p: paired Wilcoxon test against {rows[0].name}. validation: median loss on 2000 fresh observations, by which "
@@ -62,7 +56,7 @@ def _shown(rows: Sequence[Row]) -> "RenderableType":
         f"of the truth on the grid is {structural(*published_grid().T).var():.0f}. {REGRESSION} regresses y on "
         f"price and covariates and takes no notice of the confounding; {TWO_STAGE} is linear."
     )
-    return Group(shown, "", textwrap.fill(note, 78))
+    return table.page(shown, note)
 
 
 DASHES: Mapping[str, Any] = {"dfiv": (0, (4, 3)), "funcid-learned": (0, (1, 1.5)), TWO_STAGE: (0, (6, 2, 1, 2))}

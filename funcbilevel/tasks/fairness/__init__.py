@@ -27,6 +27,8 @@ Followers = Literal["one", "together", "round-robin"]
 class _Shared(Options):
     task = "fairness"
     table = METHODS
+    counts = ("chunk", "num_epochs")
+    not_negative = ("division",)
     seed: int = 0
     """Seed of all random numbers but the division of adult and health, which has --division."""
     dataset: Data = "synthetic"
@@ -51,10 +53,7 @@ class _Shared(Options):
     def check(self) -> None:
         """Raises a UserError that names an option out of range."""
         super().check()
-        self.check_counts("chunk")
         elsewhere = f"with --dataset {self.dataset}"
-        if self.data is not None and not self.data.exists():
-            raise UserError(f"--data: there is no {self.data}.")
         if self.data is not None and self.dataset == "synthetic":
             raise UserError(f"--data is for adult, health and nba, got it {elsewhere}.")
         if self.attributes != ("sex",) and self.dataset != "adult":
@@ -67,8 +66,6 @@ class _Shared(Options):
             )
         if self.division and self.dataset not in ("adult", "health"):
             raise UserError(f"--division is that of adult and health, got {self.division} {elsewhere}.")
-        if self.division < 0:
-            raise UserError(f"--division must be at least 0, got {self.division}.")
         self.parsed_losses()
 
     def check_setting(self, method: str, setting: Setting) -> None:
@@ -126,6 +123,8 @@ class RunFairness(_Shared):
     """A classifier that should be accurate and fair, trained by one method, beside one trained for accuracy alone."""
 
     beside = ("data", "chunk")
+    counts = ("batch_size", "inner_steps")
+    not_negative = ("eta", "leader_rate", "follower_rate", "follower_accuracy", "leader_fairness")
     method: str = "aid-cg"
     """Method of training."""
     eta: float = 10.0
@@ -166,10 +165,6 @@ class RunFairness(_Shared):
     def check(self) -> None:
         """Raises a UserError that names an option out of range."""
         super().check()
-        self.check_counts("num_epochs", "batch_size", "inner_steps")
-        for name in ("eta", "leader_rate", "follower_rate", "follower_accuracy", "leader_fairness"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{flag(name)} must be at least 0, got {getattr(self, name)}.")
         if self.loss not in LOSSES:
             raise UserError(f"--loss must be one of {', '.join(LOSSES)}, got {self.loss!r}.")
         for plan in self.plans:
@@ -242,7 +237,6 @@ class CompareFairness(_Shared, Sweep):
     def check(self) -> None:
         """Raises a UserError that names an option out of range."""
         super().check()
-        self.check_counts("num_epochs")
         known = dict.fromkeys(variant.method for variant in PROTOCOLS[self.protocol].variants)
         if self.methods != COMPARED and (unknown := [name for name in self.all_methods if name not in known]):
             raise UserError(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 import funcbilevel as fb
-from funcbilevel.tasks._experiment.methods import Method, table
+from funcbilevel.tasks._experiment.methods import Method, find, table
 from funcbilevel.tasks._experiment.players import finite, move, solver_of_step
 from funcbilevel.tasks.data.dataset import Batch
 from funcbilevel.tasks.fairness.losses import LOSSES, accuracy_loss
@@ -209,8 +209,7 @@ def check(method: str, setting: Setting) -> None:
     Raises:
         ValueError: there is no such method or loss, the layers do not fit, or there cannot be such followers.
     """
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}.")
+    find(METHODS, method)
     for name, _ in setting.terms:
         if name not in LOSSES:
             raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {name!r}.")
@@ -218,8 +217,8 @@ def check(method: str, setting: Setting) -> None:
         raise ValueError(f"update must be 'sequential' or 'simultaneous', got {setting.update!r}.")
     if setting.num_classes > 2 and any(loss.name == "published-parity" for loss in setting.terms):
         raise ValueError(f"loss: published-parity is defined for two classes, got {setting.num_classes}.")
-    if setting.followers not in (known := ("one", "together", "round-robin")):
-        raise ValueError(f"followers must be one of {', '.join(known)}, got {setting.followers!r}.")
+    if setting.followers not in (kinds := ("one", "together", "round-robin")):
+        raise ValueError(f"followers must be one of {', '.join(kinds)}, got {setting.followers!r}.")
     if setting.followers != "one" and (method != "alternating" or setting.update != "sequential"):
         raise ValueError(
             f"followers: {setting.followers} is for method alternating with the sequential update, got {method} with "

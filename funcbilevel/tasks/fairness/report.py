@@ -1,10 +1,9 @@
 """What is shown of the records: one run beside accuracy alone, or methods by their fronts."""
 
-import textwrap
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -20,9 +19,6 @@ from funcbilevel.tasks.fairness.methods import LAGRANGIAN, ROWS, SINGLE
 from funcbilevel.tasks.fairness.networks import ATTENTION, follower_of
 from funcbilevel.tasks.fairness.problem import Setting
 from funcbilevel.tasks.fairness.summary import Row, gaps_of, label, points, reference, summarise
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
 
 
 def report(directory: Path) -> Report:
@@ -83,11 +79,7 @@ METRICS = (
 )
 
 
-def _run_shown(record: Record, others: Sequence[Record]) -> "RenderableType":
-    from rich.console import Group  # noqa: PLC0415
-    from rich.table import Table  # noqa: PLC0415
-    from rich.text import Text  # noqa: PLC0415
-
+def _run_shown(record: Record, others: Sequence[Record]) -> table.page:
     settings, setting, metrics = record["settings"], setting_of(record), values(record)
     sizes = {part: metrics.get(f"num_{part}") for part in ("train", "validation", "test")}
     followers = "" if setting.followers == "one" else f", followers {setting.followers}"
@@ -102,15 +94,11 @@ def _run_shown(record: Record, others: Sequence[Record]) -> "RenderableType":
         "majority's label": f"accuracy {metrics['majority']:.3f}",
         "seconds per epoch": f"{seconds:.2f}" if np.isfinite(seconds := metrics["sweep_epoch_seconds"]) else "",
     }
-    grid = Table.grid(padding=(0, 2))
-    for name, text in facts.items():
-        if text:
-            grid.add_row(Text(name), Text(text))
     columns = [values(one) for one in (record, *others)]
     names = ["test part", record["method"] if others or record["method"] != SINGLE else "accuracy alone"]
     names += ["accuracy alone"] * len(others)
     rows = [(name, *(f"{of[metric]:.3f}" for of in columns)) for name, metric in METRICS]
-    return Group(grid, "", table.terminal(names, rows, left=("test part",)))
+    return table.page(table.facts(facts), table.terminal(names, rows, left=("test part",)))
 
 
 def _layer(name: str, width: int, num_followers: int) -> str:
@@ -216,9 +204,7 @@ above the reference point.
 """
 
 
-def _comparison_shown(rows: Sequence[Row], costs: Sequence[Record], several: bool) -> "RenderableType":
-    from rich.console import Group  # noqa: PLC0415
-
+def _comparison_shown(rows: Sequence[Row], costs: Sequence[Record], several: bool) -> table.page:
     front = bool(rows and rows[0].hypervolume)
     names = ["method", *([] if several else ["eta"]), "accuracy", "gap"]
     names += ["odds", "area"] if several else ["volume"] if front else ["soft gap", "largest"]
@@ -257,7 +243,7 @@ def _comparison_shown(rows: Sequence[Row], costs: Sequence[Record], several: boo
         for cost in costs
         if cost["method"] != LAGRANGIAN
     ]
-    return Group(shown_rows, "", textwrap.fill(note, 78), *lines)
+    return table.page(shown_rows, note, *lines)
 
 
 def _arithmetic(cost: Record, first: Record) -> str:

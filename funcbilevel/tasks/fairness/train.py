@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 import funcbilevel as fb
+from funcbilevel.tasks._experiment.cells import repeat
 from funcbilevel.tasks._experiment.grid import Callback
 from funcbilevel.tasks.data.dataset import Batch, Dataset
 from funcbilevel.tasks.fairness.losses import Loss, accuracy_loss, losses_of, measure, sum_of
@@ -120,9 +121,7 @@ def program(method: str, setting: Setting, num_groups: tuple[int, ...]) -> Progr
             state, trace = jax.lax.scan(step, state, (order.reshape(steps, -1), keys))
             return state, jax.tree.map(lambda values: jnp.mean(values.astype(jnp.float32)), trace)
 
-        shapes = jax.eval_shape(lambda s: epoch(s, jnp.zeros((), jnp.int32))[1], state)
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        return jax.lax.fori_loop(first, first + count, lambda i, carry: epoch(carry[0], i), (state, zeros))
+        return repeat(epoch, state, first, count)
 
     return Program(
         init=jax.jit(jax.vmap(init, in_axes=(0, 0, None))),

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Literal
 
 from funcbilevel.tasks._experiment.command import Task
-from funcbilevel.tasks._experiment.errors import UserError
 from funcbilevel.tasks._experiment.grid import Track, by_method, complete
 from funcbilevel.tasks._experiment.options import Sweep
 from funcbilevel.tasks._experiment.store import Store
@@ -22,6 +21,7 @@ class RunGates(Sweep):
     task = "gates"
     table = METHODS
     beside = (*Sweep.beside, "data")
+    counts = ("num_steps", "width")
     dataset: Literal["breast-cancer", "adult"] = "breast-cancer"
     """Breast cancer of scikit-learn, or UCI Adult."""
     data: Path | None = None
@@ -32,13 +32,6 @@ class RunGates(Sweep):
     """Leader's steps in the selection."""
     width: int = 32
     """Width of the network's hidden layer."""
-
-    def check(self) -> None:
-        """Raises a UserError that names an option out of range."""
-        super().check()
-        self.check_counts("num_steps", "width")
-        if self.data is not None and not self.data.exists():
-            raise UserError(f"--data: there is no {self.data}.")
 
     def work(self, directory: Path, track: Track) -> None:
         """Adds what is missing to runs.jsonl and runs-features.jsonl."""

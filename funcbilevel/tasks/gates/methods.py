@@ -1,6 +1,7 @@
 """Ways to select features: gates by the leader's hypergradient, and two lassos; and a network on given features."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -10,28 +11,22 @@ import optax
 
 import funcbilevel as fb
 from funcbilevel.tasks._experiment.methods import Method, table
-from funcbilevel.tasks._experiment.players import cosine
+from funcbilevel.tasks._experiment.players import Learner, PlayersSetting, adam, cosine, descent, estimators, turns
 from funcbilevel.tasks.gates.problem import Batch, Params, cross_entropy, gated, problem
 
 
-class Setting(NamedTuple):
-    """What decides the compiled program.
+@dataclass(frozen=True)
+class Setting(PlayersSetting):
+    """What decides the compiled program; leader and follower draw rows apart, with replacement.
 
     Attributes:
-        width: of the hidden layer.
-        batch_size: rows per step, drawn with replacement, leader's and follower's apart.
-        num_steps: of the leader; rates fall to zero by half a cosine over them.
-        inner_steps: the follower's steps per step of the leader.
-        solver_steps, damping: of conjugate gradients in `aid-cg`.
+        num_steps: of the leader.
         weight_decay: in every method weight_decay/2 |weights|^2 is added to the leader's objective.
     """
 
     width: int = 32
     batch_size: int = 64
     num_steps: int = 1200
-    inner_steps: int = 1
-    solver_steps: int = 5
-    damping: float = 0.1
     weight_decay: float = 1e-3
 
 
@@ -51,47 +46,20 @@ class Hyper(NamedTuple):
     mask: Any = 1.0
 
 
-class Learner(NamedTuple):
-    """A way to train, in pure functions.
-
-    Attributes:
-        init: initial network -> state.
-        step: (state, follower's batch, leader's batch) -> (state, leader's objective).
-        result: state -> the features selected, [features] bool; of `refit` the network.
-    """
-
-    init: Callable[[Params], Any]
-    step: Callable[[Any, Batch, Batch], tuple[Any, jax.Array]]
-    result: Callable[[Any], Any]
-
-
-def _adam(rate: Any, num_steps: int) -> optax.GradientTransformation:
-    # eps_root: `itd` differentiates the root of a second moment that is zero for gates that are shut.
-    return optax.adam(lambda count: rate * cosine(count, num_steps), eps_root=1e-16)
-
-
-def _gated(estimator: Callable[[Setting], fb.Estimator]) -> Callable[..., Learner]:
-    """The follower moves, then the leader, by the estimator's hypergradient."""
+def _gated(estimator: Callable[[Any], fb.Estimator]) -> Callable[..., Learner]:
+    """The follower moves, then the leader, by the estimator's hypergradient; the result are the open gates."""
 
     def learner(setting: Setting, feature_of: Sequence[int], hyper: Hyper) -> Learner:
-        num_features = max(feature_of) + 1
         solver = fb.bilevel(
             problem(hyper.penalty, feature_of, setting.weight_decay),
             None,
             estimator(setting),
-            inner_optimizer=_adam(hyper.follower_rate, setting.num_steps * setting.inner_steps),
-            outer_optimizer=_adam(hyper.leader_rate, setting.num_steps),
+            inner_optimizer=adam(hyper.follower_rate, setting.num_steps * setting.inner_steps),
+            outer_optimizer=adam(hyper.leader_rate, setting.num_steps),
             inner_steps=setting.inner_steps,
         )
-
-        def init(omega: Params) -> fb.BilevelState:
-            return solver.init(jax.random.key(0), omega, None, jnp.full(num_features, 0.5))
-
-        def step(state: fb.BilevelState, inner: Batch, outer: Batch) -> tuple[fb.BilevelState, jax.Array]:
-            state, metrics = solver.step(state, inner, outer)
-            return state, metrics["outer_objective"]
-
-        return Learner(init, step, lambda state: state.inner_params > 0)
+        half_open = jnp.full(max(feature_of) + 1, 0.5)
+        return turns(solver, lambda omega: (omega, half_open), lambda state: state.inner_params > 0)
 
     return learner
 
@@ -135,20 +103,12 @@ def _lasso(proximal: Callable[[jax.Array, Any, Sequence[int]], jax.Array]) -> Ca
 
 def _refit(setting: Setting, feature_of: Sequence[int], hyper: Hyper) -> Learner:
     """A new network on the features of `hyper.mask`, by Adam."""
-    optimizer = _adam(hyper.leader_rate, setting.num_steps)
     mask = jnp.broadcast_to(hyper.mask, (max(feature_of) + 1,))[jnp.array(feature_of)]
-
-    def init(omega: Params) -> tuple[Params, Any]:
-        return omega, optimizer.init(omega)
-
-    def step(state: tuple[Params, Any], _: Batch, batch: Batch) -> tuple[Any, jax.Array]:
-        omega, opt_state = state
-        value, gradient = jax.value_and_grad(lambda w: cross_entropy(gated(w, mask), batch.x, batch.y))(omega)
-        gradient = jax.tree.map(lambda g, w: g + setting.weight_decay * w, gradient, omega)
-        updates, opt_state = optimizer.update(gradient, opt_state, omega)
-        return (optax.apply_updates(omega, updates), opt_state), value
-
-    return Learner(init, step, lambda state: gated(state[0], mask))
+    return descent(
+        lambda omega, batch: cross_entropy(gated(omega, mask), batch.x, batch.y),
+        optax.chain(optax.add_decayed_weights(setting.weight_decay), adam(hyper.leader_rate, setting.num_steps)),
+        lambda omega: gated(omega, mask),
+    )
 
 
 ALL, RANDOM, LASSO, GROUP_LASSO = "single-objective", "random-mask", "lasso", "group-lasso"
@@ -156,27 +116,7 @@ GATE_TRIALS = ({"leader_rate": 0.01, "follower_rate": 0.003}, {"leader_rate": 0.
 LASSO_TRIALS = ({"leader_rate": 0.03}, {"leader_rate": 0.1})
 METHODS = table(
     Method(ALL, "all features", _refit, ({"leader_rate": 0.01},), colour="0.35", always=True),
-    Method(
-        "aid-cg",
-        "gates, by implicit differentiation with conjugate gradients",
-        _gated(lambda setting: fb.aid(fb.cg(setting.solver_steps, setting.damping))),
-        GATE_TRIALS,
-        colour="C3",
-    ),
-    Method(
-        "alternating",
-        "gates, network and gates trained jointly",
-        _gated(lambda setting: fb.alternating()),
-        GATE_TRIALS,
-        colour="C1",
-    ),
-    Method(
-        "itd",
-        "gates, the follower's steps differentiated",
-        _gated(lambda setting: fb.itd(setting.inner_steps)),
-        GATE_TRIALS,
-        colour="C4",
-    ),
+    *estimators(_gated, GATE_TRIALS).values(),
     Method(GROUP_LASSO, "group lasso of the first layer, by feature", _lasso(soften_groups), LASSO_TRIALS, colour="C0"),
     Method(
         LASSO,

@@ -1,10 +1,9 @@
 """What is shown of the records: how many features each method needs to predict nearly as well as with all of them."""
 
-import textwrap
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,9 +18,6 @@ from funcbilevel.tasks._experiment.statistics import Interval, bootstrap_interva
 from funcbilevel.tasks._experiment.store import Record, Store
 from funcbilevel.tasks.gates.methods import ALL, LASSO, METHODS, RANDOM
 from funcbilevel.tasks.gates.problem import SIZES, Array
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
 
 
 def report(directory: Path) -> Report:
@@ -214,15 +210,13 @@ def selected(
     return Shares(features, methods) if features and methods else None
 
 
-def _shown(rows: Sequence[Row], full: Block) -> "RenderableType":
-    from rich.console import Group  # noqa: PLC0415
-
+def _shown(rows: Sequence[Row], full: Block) -> tables.page:
     names = {1: "method", 2: "needs", 3: "95% CI", 4: "accuracy", 5: "lost", 7: "fewer than lasso"}
     grids: list[Any] = []
     for tolerance in TOLERANCES:
         title = f"Features needed to lose at most {100 * tolerance:g} point of validation accuracy"
         lines = [[_cells(row)[i] for i in names] for row in rows if row.tolerance == tolerance]
-        grids += [tables.terminal(list(names.values()), lines, title), ""]
+        grids.append(tables.terminal(list(names.values()), lines, title))
     dataset = full.settings[0]["dataset"]
     sizes = "{} rows to train, {} to validate, {} to test. ".format(*SIZES[dataset]) if dataset in SIZES else ""
     note = (
@@ -230,7 +224,7 @@ def _shown(rows: Sequence[Row], full: Block) -> "RenderableType":
         "Each method's sets of features are refitted alike. accuracy, and points lost to all features, on the test "
         "part, %. Means over the seeds, 95% bootstrap intervals; table.md has more."
     )
-    return Group(*grids, textwrap.fill(note, 78))
+    return tables.page(*grids, note)
 
 
 def draw(of_methods: Sequence[Block], rows: Sequence[Row], shares: Shares | None, path: Path) -> None:

@@ -1,6 +1,7 @@
 """All hyper-parameter settings (cells) on all divisions of the data (runs) at once: selection, then a new network."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -8,10 +9,12 @@ import jax
 import numpy as np
 
 from funcbilevel.tasks._experiment import store
+from funcbilevel.tasks._experiment.cells import in_chunks, over, stack, tiled
 from funcbilevel.tasks._experiment.grid import Callback, Track, Unit
-from funcbilevel.tasks._experiment.players import stack
+from funcbilevel.tasks._experiment.methods import find
+from funcbilevel.tasks._experiment.players import Learner
 from funcbilevel.tasks._experiment.store import Result, Run, Store
-from funcbilevel.tasks.gates.methods import ALL, METHODS, RANDOM, Hyper, Learner, Setting, trials
+from funcbilevel.tasks.gates.methods import ALL, METHODS, RANDOM, Hyper, Setting, trials
 from funcbilevel.tasks.gates.problem import Array, Batch, Params, Rows, Table, accuracy, initial_network
 
 
@@ -55,10 +58,7 @@ def program(method: str, setting: Setting, feature_of: tuple[int, ...]) -> Progr
     Raises:
         ValueError: there is no such method.
     """
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}.")
-
-    build: Any = METHODS[method].build
+    build: Any = find(METHODS, method).build
 
     def learner(hyper: Hyper) -> Learner:
         return build(setting, feature_of, hyper)
@@ -69,9 +69,6 @@ def program(method: str, setting: Setting, feature_of: tuple[int, ...]) -> Progr
             return learner(hyper).step(state, inner, outer)
 
         return jax.lax.scan(step, state, drawn)
-
-    def over(function: Callable[..., Any], in_cells: tuple[int | None, ...]) -> Any:
-        return jax.jit(jax.vmap(jax.vmap(function, in_axes=in_cells)))
 
     return Program(
         init=over(lambda omega, hyper: learner(hyper).init(omega), (None, 0)),
@@ -104,17 +101,17 @@ def sweep(
         The learner's result with leading axes [runs, cells].
     """
     if not isinstance(hypers, Hyper):
-        hypers = jax.tree.map(lambda *values: np.tile(np.array(values, np.float32), (len(seeds), 1)), *hypers)
+        hypers = tiled(hypers, len(seeds))
     first, feature_of = tables[0], tables[0].feature_of
     compiled = program(method, setting, feature_of)
     rows = stack([table.train for table in tables])
     drawn = stack([draws(setting, len(first.train.y), len(first.features), seed) for seed in seeds])
     states = compiled.init(stack([initial_network(len(feature_of), setting.width, seed) for seed in seeds]), hypers)
-    for start in range(0, setting.num_steps, chunk):
-        of_chunk = Draws(*(values[:, start : start + chunk] for values in drawn))
-        states, values = jax.block_until_ready(compiled.advance(states, hypers, rows, of_chunk))
-        if callback is not None:
-            callback(states, {"outer_objective": np.mean(values, axis=(0, 1))})
+
+    def advance(states: Any, steps: slice) -> tuple[Any, jax.Array]:
+        return compiled.advance(states, hypers, rows, Draws(*(values[:, steps] for values in drawn)))
+
+    states = in_chunks(advance, states, setting.num_steps, callback, chunk)
     return jax.device_get(compiled.result(states, hypers))
 
 
@@ -165,7 +162,7 @@ FIRST = "aid-cg"
 
 def settings_of(dataset: str, setting: Setting, trial: Mapping[str, float]) -> dict[str, Any]:
     """What a record says of a run."""
-    return {"dataset": dataset} | setting._asdict() | {"refit_steps": REFIT_STEPS} | dict(trial)
+    return {"dataset": dataset} | asdict(setting) | {"refit_steps": REFIT_STEPS} | dict(trial)
 
 
 def runs(dataset: str, methods: Iterable[str], setting: Setting, seeds: Iterable[int]) -> list[Run]:
@@ -208,7 +205,7 @@ def train(
     else:
         hypers = [Hyper(**cell.how) for cell in unit.cells]
         masks = sweep(method, setting, tables, hypers, seeds, track(method, setting.num_steps))
-    refit = setting._replace(num_steps=REFIT_STEPS)
+    refit = replace(setting, num_steps=REFIT_STEPS)
     accuracies = measure(refit, tables, masks, seeds, track(f"refit {method}", REFIT_STEPS))
 
     def by_seed(values: Array) -> Array:

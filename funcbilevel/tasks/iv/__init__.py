@@ -26,6 +26,7 @@ class _Shared(Options):
     task = "iv"
     table = METHODS
     beside = ("download",)
+    counts = ("num_outer_steps", "widths")
     n: int | None = None
     """Sample size, even; half of it is the inner level's. By default 5,000."""
     num_outer_steps: int = 100
@@ -56,11 +57,7 @@ class _Shared(Options):
     def check(self) -> None:
         """Raises a UserError that names an option out of range."""
         super().check()
-        self.check_counts("num_outer_steps")
-        if self.widths is not None and min(self.widths) < 1:
-            raise UserError(f"--widths must be at least 1, got {' '.join(map(str, self.widths))}.")
-        if self.n is not None and (self.n < 20 or self.n % 2):
-            raise UserError(f"--n must be even and at least 20, got {self.n}.")
+        self.check_sample_size("n")
         if self.batch_size is not None and self.batch_size < 2:
             raise UserError(f"--batch-size must be at least 2, got {self.batch_size}.")
         for name in ("images", "matrix"):
@@ -141,8 +138,7 @@ class CompareIV(_Shared, Sweep):
     def check(self) -> None:
         """Raises a UserError that names an option out of range."""
         super().check()
-        if self.selection_n < 20 or self.selection_n % 2:
-            raise UserError(f"--selection-n must be even and at least 20, got {self.selection_n}.")
+        self.check_sample_size("selection_n")
 
     def work(self, directory: Path, track: Track) -> None:
         """Adds what is missing to selection.jsonl, runs.jsonl and costs.jsonl."""

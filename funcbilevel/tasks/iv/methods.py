@@ -9,6 +9,7 @@ from flax import linen
 import funcbilevel as fb
 from funcbilevel.tasks._experiment.methods import Method, choices, table
 from funcbilevel.tasks._instrumental.formulas import adam
+from funcbilevel.tasks._instrumental.methods import AID_CG, DFIV, FUNCID_LEARNED, FUNCID_LINEAR
 from funcbilevel.tasks.data import dsprites_floors
 from funcbilevel.tasks.iv.problem import INNER_RIDGE, InstrumentNet, Norm, TreatmentNet, problem
 
@@ -69,53 +70,17 @@ def _trials(name: str, *values: float, **common: float) -> tuple[Hyper, ...]:
     return tuple({**common, name: value} for value in values)
 
 
+PENALTIES = _trials("penalty", 100.0, 10.0, 1000.0)
 METHODS = table(
-    Method(
-        "funcid-linear",
-        "FuncID, the adjoint linear in the features of h",
-        _funcid_linear,
-        _trials("ridge", 0.2, 2.0, 20.0),
-        chosen=1,
-        colour="C3",
-    ),
-    Method(
-        "funcid-learned",
-        "FuncID, the adjoint's head trained by Adam",
-        _funcid_learned,
-        _trials("learning_rate", 1e-2, 1e-3, 1e-1),
-        chosen=2,
-        colour="C1",
-    ),
-    Method(
-        "dfiv",
-        "deep feature IV, the derivative through the head of h alone",
-        _dfiv,
-        _trials("outer_learning_rate", 3e-3, 1e-3, 2e-3),
-        colour="C0",
-    ),
+    FUNCID_LINEAR._replace(build=_funcid_linear, trials=_trials("ridge", 0.2, 2.0, 20.0), chosen=1),
+    FUNCID_LEARNED._replace(build=_funcid_learned, trials=_trials("learning_rate", 1e-2, 1e-3, 1e-1), chosen=2),
+    DFIV._replace(build=_dfiv, trials=_trials("outer_learning_rate", 3e-3, 1e-3, 2e-3)),
     # The committed selection has two trials more, damping 0.1 and two steps with damping 1: both are worse.
-    Method(
-        "aid-cg",
-        "implicit differentiation by conjugate gradients",
-        _aid,
-        _trials("damping", 1.0, 10.0, 100.0, num_steps=10),
-        chosen=2,
-        colour="C2",
-    ),
+    AID_CG._replace(build=_aid, trials=_trials("damping", 1.0, 10.0, 100.0, num_steps=10), chosen=2),
     Method("itd", "the last inner steps differentiated", _itd, _trials("num_steps", 2, 5, 10), chosen=1, colour="C4"),
+    Method("penalty-value", "first derivatives at two inner solutions", _value_penalty, PENALTIES, colour="C5"),
     Method(
-        "penalty-value",
-        "first derivatives at two inner solutions",
-        _value_penalty,
-        _trials("penalty", 100.0, 10.0, 1000.0),
-        colour="C5",
-    ),
-    Method(
-        "penalty-gradient",
-        "a penalty on the norm of the inner gradient",
-        _gradient_penalty,
-        _trials("penalty", 100.0, 10.0, 1000.0),
-        colour="C6",
+        "penalty-gradient", "a penalty on the norm of the inner gradient", _gradient_penalty, PENALTIES, colour="C6"
     ),
     Method("kernel-iv", "kernel instrumental regression", dsprites_floors.kernel_iv, always=True, colour="0.4"),
     Method("two-stage", "two-stage least squares, linear", dsprites_floors.two_stage_floor, always=True, colour="0.6"),

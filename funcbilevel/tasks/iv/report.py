@@ -1,11 +1,10 @@
 """What is shown of the records: one run with its predictions, or the methods over their seeds."""
 
 import base64
-import textwrap
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -17,9 +16,6 @@ from funcbilevel.tasks._experiment.report import Report
 from funcbilevel.tasks._experiment.store import Record, Store
 from funcbilevel.tasks._instrumental.report import Row, colours, compared, samples, summarise
 from funcbilevel.tasks.iv.methods import METHODS
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
 
 Beside: TypeAlias = Mapping[store.Key, Mapping[str, Any]]
 
@@ -51,14 +47,12 @@ def report(directory: Path) -> Report:
 # One run.
 
 
-def _run_table(record: Record, shown: Mapping[str, Any], config: Mapping[str, Any]) -> "RenderableType":
-    from rich.table import Table  # noqa: PLC0415
-
+def _run_table(record: Record, shown: Mapping[str, Any], config: Mapping[str, Any]) -> table.page:
     metrics, settings = store.values(record), record["settings"]
     images, matrix, half = config.get("images"), config.get("matrix"), settings["n"] // 2
-    lines = {
-        "images": "rendered hearts" if images == "rendered" else images,
-        "outcome matrix": "drawn from U(0,1)" if matrix == "drawn" else matrix,
+    of_run = {
+        "images": "rendered hearts" if images == "rendered" else str(images),
+        "outcome matrix": "drawn from U(0,1)" if matrix == "drawn" else str(matrix),
         "samples": f"{half} inner, {half} outer",
         "method": record["method"],
         "test MSE": f"{metrics['test_mse']:.3f}  (predicting the mean: {np.var(shown['true']):.1f})",
@@ -67,10 +61,7 @@ def _run_table(record: Record, shown: Mapping[str, Any], config: Mapping[str, An
         "inner objective": f"{metrics['inner_objective']:.4f}",
         "seconds per outer step": f"{metrics['seconds_per_step']:.3f}",
     }
-    grid = Table.grid(padding=(0, 2))
-    for name, text in lines.items():
-        grid.add_row(name, text)
-    return grid
+    return table.page(table.facts(of_run))
 
 
 def draw_run(method: str, curves: Mapping[str, Any], shown: Mapping[str, Any], path: Path) -> None:
@@ -133,15 +124,13 @@ def _cells(row: Row, cost: Mapping[str, float]) -> tuple[str, ...]:
     )
 
 
-def _comparison_table(rows: Sequence[Row], cells: Sequence[tuple[str, ...]]) -> "RenderableType":
-    from rich.console import Group  # noqa: PLC0415
-
+def _comparison_table(rows: Sequence[Row], cells: Sequence[tuple[str, ...]]) -> table.page:
     shown = table.terminal(HEADER, cells, "Test MSE on dSprites: medians over seeds, their bootstrap intervals, cost")
     note = (
         f"p: paired Wilcoxon test against {rows[0].name}. time: one outer step over one bare forward and backward "
         "pass of the treatment network on the inner pictures, measured side by side. MiB: XLA's temporary buffers."
     )
-    return Group(shown, "", textwrap.fill(note, 78))
+    return table.page(shown, note)
 
 
 def draw_comparison(rows: Sequence[Row], curves: Beside, path: Path) -> None:

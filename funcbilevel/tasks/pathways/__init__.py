@@ -1,6 +1,6 @@
 """Attributions inside known pathways: `funcbilevel run pathways`. The problem is in `problem`."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +20,7 @@ class RunPathways(Sweep):
 
     task = "pathways"
     table = METHODS
+    counts = ("num_steps", "width")
     methods: tuple[str, ...] = ("aid-cg", "alternating")
     """Methods to compare with the one objective of both players, and with cross entropy alone."""
     num_steps: int = 400
@@ -44,20 +45,12 @@ class RunPathways(Sweep):
     @property
     def design(self) -> Design:
         """What is drawn."""
-        return Design(
-            self.num_pathways,
-            self.size,
-            self.overlap,
-            self.num_driving,
-            self.num_background,
-            self.num_technical,
-            confounding=self.confounding,
-        )
+        own = asdict(self)
+        return Design(**{name: own[name] for name in Design._fields if name in own})
 
     def check(self) -> None:
         """Raises a UserError that names an option out of range."""
         super().check()
-        self.check_counts("num_steps", "width")
         try:
             check(self.design)
         except ValueError as error:

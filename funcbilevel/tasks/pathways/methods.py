@@ -1,34 +1,30 @@
 """How the two players of the network are trained, and the control that has one objective for both."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
-import optax
 
 import funcbilevel as fb
 from funcbilevel.tasks._experiment.methods import Method, table
-from funcbilevel.tasks._experiment.players import cosine
-from funcbilevel.tasks.pathways.problem import Params, Rows, follower_objective, is_followers, problem
+from funcbilevel.tasks._experiment.players import Learner, PlayersSetting, adam, descent, estimators, turns
+from funcbilevel.tasks.pathways.problem import Params, follower_objective, is_followers, problem
 
 
-class Setting(NamedTuple):
-    """What decides the compiled program.
+@dataclass(frozen=True)
+class Setting(PlayersSetting):
+    """What decides the compiled program; both players see the same rows, drawn with replacement.
 
     Attributes:
-        width: of both hidden layers.
-        batch_size: rows per step, drawn with replacement; both players see the same.
-        num_steps: of the leader; rates fall to zero by half a cosine over them.
-        inner_steps: the follower's steps per step of the leader.
-        solver_steps, damping: of conjugate gradients in `aid-cg`.
+        num_steps: of the leader.
     """
 
     width: int = 8
     batch_size: int = 32
-    num_steps: int = 400
-    inner_steps: int = 1
     solver_steps: int = 3
     damping: float = 1.0
+    num_steps: int = 400
 
 
 class Hyper(NamedTuple):
@@ -45,19 +41,7 @@ class Hyper(NamedTuple):
     known_only: Any = 0.0
 
 
-class Learner(NamedTuple):
-    """A way to train: `init(params) -> state`, `step(state, rows) -> (state, objective)`, `params(state)`."""
-
-    init: Callable[[Params], Any]
-    step: Callable[[Any, Rows], tuple[Any, jax.Array]]
-    params: Callable[[Any], Params]
-
-
-def _adam(rate: Any, num_steps: int) -> optax.GradientTransformation:
-    return optax.adam(lambda count: rate * cosine(count, num_steps), eps_root=1e-16)
-
-
-def _played(estimator: Callable[[Setting], fb.Estimator]) -> Callable[..., Learner]:
+def _played(estimator: Callable[[Any], fb.Estimator]) -> Callable[..., Learner]:
     """The follower moves, then the leader, by the estimator's hypergradient."""
 
     def learner(setting: Setting, shapes: Params, known: jax.Array, hyper: Hyper) -> Learner:
@@ -66,20 +50,15 @@ def _played(estimator: Callable[[Setting], fb.Estimator]) -> Callable[..., Learn
             problem(merge, known, hyper.eta),
             None,
             estimator(setting),
-            inner_optimizer=_adam(hyper.rate, setting.num_steps * setting.inner_steps),
-            outer_optimizer=_adam(hyper.rate, setting.num_steps),
+            inner_optimizer=adam(hyper.rate, setting.num_steps * setting.inner_steps),
+            outer_optimizer=adam(hyper.rate, setting.num_steps),
             inner_steps=setting.inner_steps,
         )
-
-        def init(params: Params) -> fb.BilevelState:
-            leader, follower, _ = fb.partition(params, is_followers)
-            return solver.init(jax.random.key(0), leader, None, follower)
-
-        def step(state: fb.BilevelState, rows: Rows) -> tuple[fb.BilevelState, jax.Array]:
-            state, metrics = solver.step(state, rows, rows)
-            return state, metrics["outer_objective"]
-
-        return Learner(init, step, lambda state: merge(state.outer_params, state.inner_params))
+        return turns(
+            solver,
+            lambda params: fb.partition(params, is_followers)[:2],
+            lambda state: merge(state.outer_params, state.inner_params),
+        )
 
     return learner
 
@@ -87,15 +66,9 @@ def _played(estimator: Callable[[Setting], fb.Estimator]) -> Callable[..., Learn
 def _lagrangian(setting: Setting, shapes: Params, known: jax.Array, hyper: Hyper) -> Learner:
     """The follower's objective for all layers."""
     del shapes
-    optimizer = _adam(hyper.rate, setting.num_steps)
-
-    def step(state: tuple[Params, Any], rows: Rows) -> tuple[Any, jax.Array]:
-        params, opt_state = state
-        value, gradient = jax.value_and_grad(follower_objective)(params, rows, known, hyper.eta)
-        updates, opt_state = optimizer.update(gradient, opt_state, params)
-        return (optax.apply_updates(params, updates), opt_state), value
-
-    return Learner(lambda params: (params, optimizer.init(params)), step, lambda state: state[0])
+    return descent(
+        lambda params, rows: follower_objective(params, rows, known, hyper.eta), adam(hyper.rate, setting.num_steps)
+    )
 
 
 ALONE, KNOWN, LAGRANGIAN = "single-objective", "known-genes", "lagrangian"
@@ -106,27 +79,7 @@ METHODS = table(
         KNOWN, "the same, on a network that gets the known genes only", _lagrangian, RATES, colour="C2", always=True
     ),
     Method(LAGRANGIAN, "the follower's objective for both players", _lagrangian, RATES, colour="C0", always=True),
-    Method(
-        "aid-cg",
-        "implicit differentiation, its linear system by conjugate gradients",
-        _played(lambda setting: fb.aid(fb.cg(setting.solver_steps, setting.damping))),
-        RATES,
-        colour="C3",
-    ),
-    Method(
-        "alternating",
-        "each player by its own gradient",
-        _played(lambda setting: fb.alternating()),
-        RATES,
-        colour="C1",
-    ),
-    Method(
-        "itd",
-        "the follower's steps differentiated",
-        _played(lambda setting: fb.itd(setting.inner_steps)),
-        RATES,
-        colour="C4",
-    ),
+    *estimators(_played, RATES).values(),
 )
 ETAS = (0.1, 0.3, 1.0, 1.7, 3.0, 6.0)
 

@@ -1,10 +1,9 @@
 """What is shown of the records: one row per method, accuracy against attributions inside the known pathways."""
 
-import textwrap
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,9 +16,6 @@ from funcbilevel.tasks._experiment.statistics import Interval, hypervolume, mean
 from funcbilevel.tasks._experiment.store import Store
 from funcbilevel.tasks.pathways.methods import ALONE, KNOWN, LAGRANGIAN, METHODS
 from funcbilevel.tasks.pathways.problem import Array
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
 
 
 def report(directory: Path) -> Report:
@@ -105,9 +101,7 @@ def _cells(row: Row) -> tuple[str, ...]:
     )
 
 
-def _shown(rows: Sequence[Row]) -> "RenderableType":
-    from rich.console import Group  # noqa: PLC0415
-
+def _shown(rows: Sequence[Row]) -> table.page:
     def cells(row: Row) -> tuple[str, ...]:
         means = (row.accuracy, row.corrected, row.known, row.true, row.auroc)
         less = "" if row.difference is None else "{:+.3f} [{:+.3f}, {:+.3f}]".format(*row.difference)
@@ -122,7 +116,7 @@ def _shown(rows: Sequence[Row]) -> "RenderableType":
         "attribution; less lagrangian's: difference in the hypervolume of (accuracy, known) over the validation part's "
         "front, with a 95% bootstrap interval. table.md has more."
     )
-    return Group(shown, "", textwrap.fill(note, 78))
+    return table.page(shown, note)
 
 
 def draw(of_methods: Sequence[Block], rows: Sequence[Row], path: Path) -> None:

@@ -1,6 +1,7 @@
 """All settings from all seeds at once, in one program for each way to train."""
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from functools import cache
 from typing import Any
 
@@ -8,10 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from funcbilevel.tasks._experiment.cells import in_chunks, over, stack, tiled
 from funcbilevel.tasks._experiment.grid import Callback, Track, Unit
-from funcbilevel.tasks._experiment.players import stack
+from funcbilevel.tasks._experiment.methods import find
+from funcbilevel.tasks._experiment.players import Learner
 from funcbilevel.tasks._experiment.store import Result, Run
-from funcbilevel.tasks.pathways.methods import METHODS, Hyper, Learner, Setting, hypers
+from funcbilevel.tasks.pathways.methods import METHODS, Hyper, Setting, hypers
 from funcbilevel.tasks.pathways.problem import (
     Array,
     Design,
@@ -33,9 +36,7 @@ def program(method: str, setting: Setting, num_genes: int) -> tuple[Callable[...
     Raises:
         ValueError: there is no such method.
     """
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}.")
-    return _program(METHODS[method].build, setting, num_genes)
+    return _program(find(METHODS, method).build, setting, num_genes)
 
 
 @cache
@@ -51,13 +52,15 @@ def _program(build: Any, setting: Setting, num_genes: int) -> tuple[Callable[...
     def advance(state: Any, hyper: Hyper, rows: Rows, drawn: jax.Array, known: jax.Array) -> tuple[Any, jax.Array]:
         x = rows.x * jnp.where(hyper.known_only > 0, known, 1.0)[None]
         step = learner(hyper, known).step
-        return jax.lax.scan(lambda state, chosen: step(state, Rows(x[chosen], rows.y[chosen])), state, drawn)
+
+        def of_rows(state: Any, chosen: jax.Array) -> tuple[Any, jax.Array]:
+            seen = Rows(x[chosen], rows.y[chosen])
+            return step(state, seen, seen)
+
+        return jax.lax.scan(of_rows, state, drawn)
 
     def params(state: Any, hyper: Hyper, known: jax.Array) -> Params:
-        return learner(hyper, known).params(state)
-
-    def over(function: Callable[..., Any], in_cells: tuple[int | None, ...]) -> Any:
-        return jax.jit(jax.vmap(jax.vmap(function, in_axes=in_cells)))
+        return learner(hyper, known).result(state)
 
     return over(init, (0, None, None)), over(advance, (0, 0, None, None, None)), over(params, (0, 0, None))
 
@@ -113,15 +116,18 @@ def sweep(
     """
     num_genes = data[0].train.x.shape[1]
     init, advance, params = program(method, setting, num_genes)
-    hyper = jax.tree.map(lambda *values: np.tile(np.array(values, np.float32), (len(seeds), 1)), *hypers)
+    hyper = tiled(hypers, len(seeds))
     known, true = (np.stack(genes).astype(np.float32) for genes in zip(*((d.known, d.true) for d in data), strict=True))
     drawn = np.stack([draws(setting, len(data[0].train.y), seed) for seed in seeds])
     rows = stack([d.train for d in data])
     states = init(hyper, stack([initial_network(num_genes, setting.width, seed) for seed in seeds]), known)
-    for start in range(0, setting.num_steps, chunk):
-        states, values = advance(states, hyper, rows, drawn[:, start : start + chunk], known)
-        if callback is not None:
-            callback(states, {"outer_objective": np.mean(values, axis=(0, 1))})
+    states = in_chunks(
+        lambda states, steps: advance(states, hyper, rows, drawn[:, steps], known),
+        states,
+        setting.num_steps,
+        callback,
+        chunk,
+    )
     parts = tuple(stack(list(part)) for part in zip(*((d.validation, d.test, d.corrected) for d in data), strict=True))
     return jax.device_get(measure(params(states, hyper, known), hyper, parts, known, true))
 
@@ -136,7 +142,7 @@ def draws(setting: Setting, num_rows: int, seed: int) -> Array:
 
 def runs(methods: Iterable[str], design: Design, setting: Setting, seeds: Iterable[int]) -> list[Run]:
     """Every setting of every method from every seed."""
-    shared = design._asdict() | setting._asdict()
+    shared = design._asdict() | asdict(setting)
     return [
         Run(method, seed, shared | {"eta": hyper.eta, "rate": hyper.rate}, hyper)
         for method in methods

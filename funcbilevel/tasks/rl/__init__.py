@@ -24,6 +24,7 @@ SELECTION = Rule("return_auc", seeds=(1000, 1001, 1002), largest=True)
 class _Shared(Seeded):
     table = METHODS
     spread = True
+    counts = ("inner_steps", "evaluation_interval")
     seeds: int = 10
     """Number of seeds, from --seed on; they are trained together."""
     steps: int = 50_000
@@ -46,12 +47,11 @@ class _Shared(Seeded):
     def check(self) -> None:
         """Raises a UserError that names an option out of range."""
         super().check()
-        self.check_counts("inner_steps")
         if self.steps <= RANDOM_STEPS:
             raise UserError(
                 f"--steps must be more than the {RANDOM_STEPS} random ones at the beginning, got {self.steps}."
             )
-        if self.evaluation_interval < 1 or (self.steps - RANDOM_STEPS) % self.evaluation_interval:
+        if (self.steps - RANDOM_STEPS) % self.evaluation_interval:
             raise UserError(
                 f"--evaluation-interval must divide the {self.steps - RANDOM_STEPS} steps after the {RANDOM_STEPS} "
                 f"random ones, got {self.evaluation_interval}."
@@ -90,6 +90,7 @@ class RunCartPole(_Shared):
     """CartPole by one method: evaluation returns over seeds, a figure and an animation."""
 
     task = "cartpole"
+    counts = ("model_width",)
     method: str = "funcid-pointwise"
     """Method by which the world model is learned."""
     model_width: int = 3
@@ -99,7 +100,6 @@ class RunCartPole(_Shared):
         """Raises a UserError that names an option out of range."""
         super().check()
         resolve("--method", METHODS, self.method)
-        self.check_counts("model_width")
 
     def settings(self) -> dict[str, Any]:
         """The options that decide the numbers, as config.json has them."""
@@ -118,6 +118,7 @@ class CompareCartPole(_Shared, Sweep):
     """CartPole by several methods and model widths over seeds; a directory may hold several lengths and settings."""
 
     task = "cartpole"
+    counts = ("model_widths",)
     methods: tuple[str, ...] = tuple(METHODS)
     """Methods to run; figure and table show all that the output directory holds."""
     model_widths: tuple[int, ...] = (3, 32)
@@ -130,8 +131,6 @@ class CompareCartPole(_Shared, Sweep):
     def check(self) -> None:
         """Raises a UserError that names an option out of range."""
         super().check()
-        if min(self.model_widths) < 1:
-            raise UserError(f"--model-widths must be at least 1, got {', '.join(map(str, self.model_widths))}.")
         if self.select:
             self._check_selection()
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 import optax
 
 import funcbilevel as fb
-from funcbilevel.tasks._experiment.methods import Method, table
+from funcbilevel.tasks._experiment.methods import Method, find, table
 from funcbilevel.tasks.rl.environments import Environment
 from funcbilevel.tasks.rl.problem import (
     Bellman,
@@ -184,10 +184,8 @@ def agent(environment: Environment, method: str, setting: Setting) -> fb.Bilevel
     Raises:
         ValueError: there is no such method.
     """
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}.")
+    build: Any = find(METHODS, method).build
     bellman = bellman_of(environment, setting)
-    build: Any = METHODS[method].build
     problem, estimator = build(bellman, setting)
     b1, b2 = (0.9, 0.999) if setting.warm_adam else (0.0, 0.0)  # without memory every step is a first one
     solver = fb.bilevel(

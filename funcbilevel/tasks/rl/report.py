@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -15,9 +15,6 @@ from funcbilevel.tasks._experiment.report import Report
 from funcbilevel.tasks._experiment.store import Record, Store
 from funcbilevel.tasks.rl.methods import CURVES, METHODS
 from funcbilevel.tasks.rl.pictures import animate
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
@@ -131,16 +128,13 @@ def _cells(row: Row) -> tuple[str, ...]:
     )
 
 
-def _shown(rows: Sequence[Row], task: str) -> "RenderableType":
-    from rich.console import Group  # noqa: PLC0415
-
+def _shown(rows: Sequence[Row], task: str) -> table.page:
     note = (
-        f"Evaluation returns on {task}. mean and AUC: averaged over training, by mean\n"
-        "and by interquartile mean over seeds; final: over the last tenth, by\n"
-        "interquartile mean. model: hidden width and environment steps; lr: of Adam on\n"
-        "the Q-networks, with * restarted at every step."
+        f"Evaluation returns on {task}. mean and AUC: averaged over training, by mean and by interquartile mean over "
+        "seeds; final: over the last tenth, by interquartile mean. model: hidden width and environment steps; lr: of "
+        "Adam on the Q-networks, with * restarted at every step."
     )
-    return Group(table.terminal(HEADER, map(_cells, rows)), "", note)
+    return table.page(table.terminal(HEADER, map(_cells, rows)), note)
 
 
 def _label(row: Row, same: Sequence[Row]) -> str:

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import ClassVar
 
 from funcbilevel.tasks._experiment.command import Task
-from funcbilevel.tasks._experiment.errors import UserError
 from funcbilevel.tasks._experiment.grid import Track, Unit, complete
 from funcbilevel.tasks._experiment.methods import choices
-from funcbilevel.tasks._experiment.options import Options, Sweep, flag
+from funcbilevel.tasks._experiment.options import Options, Sweep
 from funcbilevel.tasks._experiment.store import Result, Run, Store
 from funcbilevel.tasks._instrumental.methods import LEAST_SQUARES, METHODS, TWO_STAGE, Setting
 from funcbilevel.tasks._instrumental.problem import Array
@@ -27,6 +26,8 @@ class RunSchooling(Options):
 
     task = "schooling"
     beside = ("neural",)
+    counts = ("num_outer_steps", "num_neural_steps")
+    not_negative = ("num_resamples", "smoothness")
     num_outer_steps: int = 300
     """Outer steps of each linear fit."""
     neural: bool = True
@@ -37,14 +38,6 @@ class RunSchooling(Options):
     """Bootstrap resamples in the figure, one neural curve each."""
     smoothness: float = 0.1
     """Penalty on the mean squared second difference of the neural curve; a large one makes it a line."""
-
-    def check(self) -> None:
-        """Raises a UserError that names an option out of range."""
-        super().check()
-        self.check_counts("num_outer_steps", "num_neural_steps")
-        for name in ("num_resamples", "smoothness"):
-            if (value := getattr(self, name)) < 0:
-                raise UserError(f"{flag(name)} must be at least 0, got {value}.")
 
     def work(self, directory: Path, track: Track) -> None:
         """Adds what is missing to runs.jsonl."""

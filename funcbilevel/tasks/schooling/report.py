@@ -4,7 +4,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -15,9 +15,6 @@ from funcbilevel.tasks._experiment.report import Report
 from funcbilevel.tasks._experiment.store import Store
 from funcbilevel.tasks.schooling.methods import ALTERNATING, LESSONS, METHODS, OLS, POINTWISE, TWO_STAGE
 from funcbilevel.tasks.schooling.problem import ORIGIN, REGRESSORS
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
 
 Linear = Mapping[str, Mapping[str, float]]
 """Method -> metrics of the linear fits, in the order of tables."""
@@ -47,9 +44,7 @@ def _cells(name: str, metrics: Mapping[str, float]) -> tuple[str, ...]:
     return name, *map(cell, HEADER[1:])
 
 
-def _shown(linear: Linear) -> "RenderableType":
-    from rich.console import Group  # noqa: PLC0415
-
+def _shown(linear: Linear) -> table.page:
     names = list(linear)
     shown = table.terminal(
         HEADER,
@@ -58,7 +53,7 @@ def _shown(linear: Linear) -> "RenderableType":
         sections=[names.index(name) for name in (TWO_STAGE, "itd") if name in names],
         dim=[names.index(name) for name in LESSONS if name in names],
     )
-    return Group(shown, "", *(textwrap.fill(note, 78, subsequent_indent="  ") for note in _notes(linear)))
+    return table.page(shown, "\n".join(_notes(linear)))
 
 
 def _notes(linear: Linear) -> Sequence[str]:

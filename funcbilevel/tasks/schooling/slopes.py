@@ -1,10 +1,8 @@
 """What is shown of the records of `compare schooling`: mean slopes by method, beside two-stage least squares."""
 
-import textwrap
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from funcbilevel.tasks._experiment import store, table
 from funcbilevel.tasks._experiment.figures import draw_boxes, drawn
@@ -12,9 +10,6 @@ from funcbilevel.tasks._experiment.report import Report
 from funcbilevel.tasks._experiment.store import Store
 from funcbilevel.tasks._instrumental.methods import LEAST_SQUARES, METHODS, REGRESSION, TWO_STAGE
 from funcbilevel.tasks._instrumental.report import Row, colours, median_of, samples, summarise
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
 
 References = dict[str, dict[str, float]]
 """Method -> metrics of the linear models."""
@@ -53,9 +48,7 @@ def _cells(rows: Sequence[Row], linear: References) -> list[tuple[str, ...]]:
     return [*of_methods, *of_linear]
 
 
-def _shown(rows: Sequence[Row], linear: References) -> "RenderableType":
-    from rich.console import Group  # noqa: PLC0415
-
+def _shown(rows: Sequence[Row], linear: References) -> table.page:
     splits = max((len(row.values) for row in rows), default=0)
     title = f"Mean slope of log wage in education (Card 1995, 3010 men), {splits} splits"
     note = (
@@ -63,7 +56,7 @@ def _shown(rows: Sequence[Row], linear: References) -> "RenderableType":
         f"what {REGRESSION} estimates. validation: median loss on the men left out, by which hyper-parameters were "
         "chosen on four other splits."
     )
-    return Group(table.terminal(HEADER, _cells(rows, linear), title), "", textwrap.fill(note, 78))
+    return table.page(table.terminal(HEADER, _cells(rows, linear), title), note)
 
 
 def draw(rows: Sequence[Row], linear: References, path: Path) -> None:
