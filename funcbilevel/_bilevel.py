@@ -539,7 +539,8 @@ def _inner_solve(
             *(value_and_grad, optimizer, num_steps, before, key),
             first_step=first_step,
             remat=remat,
-            outer_params=outer_params,
+            # Not to others: the line searches of optax refuse what they do not know.
+            **({"outer_params": outer_params} if _takes_outer_params(optimizer) else {}),
         )
         size_before, size = (tree_norm(jax.lax.stop_gradient(x.params)) for x in (before, result.state))
         diverged = (jnp.abs(result.value) > 1e6 * jnp.abs(result.first)) & (size > 1e3 * (1.0 + size_before))

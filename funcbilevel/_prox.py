@@ -88,8 +88,8 @@ def proximal(optimizer: optax.GradientTransformation, prox: Prox, step_size: flo
     L_in + g, where `prox` is the proximal operator of s g. With a projection `step_size` does not matter, and an
     optimizer that scales each coordinate by itself (Adam) has other fixed points than the minimiser.
 
-    In `fb.bilevel` it gets omega, and `fb.itd` differentiates through its steps. It is an outer optimizer, too, for a
-    constraint on outer_params.
+    In `fb.bilevel`, as the outermost transformation, it gets omega, and `fb.itd` differentiates through its steps. It is
+    an outer optimizer, too, for a constraint on outer_params.
 
     Arguments:
         optimizer: any optax optimizer.
@@ -127,7 +127,7 @@ def proximal(optimizer: optax.GradientTransformation, prox: Prox, step_size: flo
     ) -> tuple[PyTree, Any]:
         if params is None:
             raise ValueError("proximal: update needs the parameters; call update(gradient, state, params).")
-        updates, state = update(updates, state, params, outer_params=outer_params, **extra)
+        updates, state = update(updates, state, params, **extra)
         moved = prox(optax.apply_updates(params, updates), outer_params, step_size)
         return jax.tree.map(lambda new, old: new - old, moved, params), state
 

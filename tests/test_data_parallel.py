@@ -71,7 +71,7 @@ def make(estimator, axis_name, model=MODEL):
 
 def on_all_devices(state):
     """A copy each, placed as a step's result is: the second step needs no other program."""
-    return jax.pmap(lambda _: state)(jnp.zeros(DEVICES))
+    return jax.pmap(lambda _: state, axis_name="devices")(jnp.zeros(DEVICES))
 
 
 @pytest.mark.parametrize(("estimator", "model"), ROWS.values(), ids=ROWS)
