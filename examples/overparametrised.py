@@ -101,7 +101,7 @@ def draw(true: dict[str, float], estimated: dict[str, float], path: str) -> None
     for name, colour in (("aid, no damping", "C3"), ("funcid", "C0"), ("funcid, corrected", "C2")):
         axes.axhline(true[name], color=colour, label=name.replace("aid", "AID").replace("funcid", "FuncID"))
     axes.set(xlabel="damping", ylabel="relative error of the hypergradient")
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc=(0.02, 0.15))
     figure.savefig(path, dpi=150)
 
 

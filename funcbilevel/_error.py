@@ -62,7 +62,8 @@ def hypergradient_error(
     It sees an inner level that is not at its solution, linear solves and adjoint fits that have not ended, and damping.
     It does not see what no round changes: a class of adjoint functions (with its `ridge`) that does not hold the
     adjoint, a batch that is not the population, and, for `aid`, a Hessian that is singular where the outer derivative
-    is not zero. Where q is 0.9 the rounds do not converge, and the estimate is only an order of magnitude.
+    is not zero. Where q is 0.9 the rounds do not converge, and the estimate is only an order of magnitude: for `aid` on
+    an over-parametrised network, whose Hessian's eigenvalues fall over many decades, 0.3 to 2 times the error.
 
     It costs about eight hypergradients. Call it now and then, at the state of a solver, not in the loop.
 
