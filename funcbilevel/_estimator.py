@@ -199,13 +199,16 @@ class Adjoint(NamedTuple):
         init: `(key, problem, model, inner, inner_batch) -> state`.
         fit: `(system, model, inner, state, key) -> (a(x_P), state, metrics)`.
         description: the call that made it, for `repr`.
-        linear: whether a(x_P) is linear in d, and differentiable by JAX in all of the system, as an exact solution is.
+        coefficients: `(system, inner) -> W`, of an a that is linear in W, and W in d; differentiable by JAX in all of
+            the system, as an exact solution is. None: the adjoint is of another kind.
+        evaluate: `(W, inner, x_P, x) -> a(x)`, if there are coefficients.
     """
 
     init: AdjointInit
     fit: AdjointFit
     description: str = ""
-    linear: bool = False
+    coefficients: Callable[[AdjointSystem, FitState], PyTree] | None = None
+    evaluate: Callable[[PyTree, FitState, Inputs, Inputs], Prediction] | None = None
 
     def __repr__(self) -> str:
         return describe(self)

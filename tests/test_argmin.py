@@ -48,7 +48,7 @@ def exact(omega: Any, weights: Any = WEIGHTS) -> Any:
 FUNCTIONAL = fb.FunctionalProblem(inner, inner)
 MODEL = linear_model(np.zeros(()))
 LINEAR = fb.funcid(fb.linear_adjoint(identity_features))
-LEARNED = fb.funcid(fb.learned_adjoint(optax.adam(optax.exponential_decay(0.1, 50, 0.7)), 2000))
+LEARNED = fb.funcid(fb.learned_adjoint(optax.sgd(0.1, momentum=0.9, nesterov=True), 1000))
 AID = fb.aid(fb.cg(10))
 
 
