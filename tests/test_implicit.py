@@ -165,13 +165,15 @@ def quadratic_program() -> Problem:
     """min x' V x / 2 - omega' x with sum(x) = omega[0] and G x <= 1, of which some inequalities are active."""
     X, _ = data(7, 12, 4)
     V = X.T @ X / 12
-    G, h = np.asarray(data(8, 3, 4)[0]), np.array([0.1, 0.1, 1.0])
+    G, h = np.asarray(data(8, 3, 4)[0]), np.full(3, 100.0)
     omega = jnp.array([1.0, 0.5, -0.3, 0.8])
 
     def solved(omega: Any, active: np.ndarray) -> tuple[Any, Any]:
         E = jnp.concatenate([jnp.ones((1, 4)), G[active]])
         system = jnp.block([[V, E.T], [E, jnp.zeros((len(E), len(E)))]])
         return jnp.split(jnp.linalg.solve(system, jnp.concatenate([omega, omega[:1], h[active]])), [4])
+
+    h = G @ solved(omega, np.zeros(3, bool))[0] + np.array([-0.3, 2.0, 3.0])  # cuts the free solution off
 
     def is_optimal(active: np.ndarray) -> bool:
         x, multipliers = solved(omega, active)
