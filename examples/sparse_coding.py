@@ -10,7 +10,7 @@ from sklearn.datasets import load_digits
 
 import funcbilevel as fb
 
-ATOMS, PENALTY, STEP_SIZE = 24, 0.1, 0.2
+ATOMS, PENALTY, STEP_SIZE = 24, 0.1, 0.04
 
 
 def data() -> dict[str, jax.Array]:
