@@ -229,14 +229,17 @@ class Adjoint(NamedTuple):
             `(system, model, inner, state, key) -> (N(x_P), N(x_Q), state, metrics)`, with system.d = d_v L_in at v_P. N
             minimises 1/2 <N(x_P), C[N(x_P)]> - <N(x_P), system.d>; state is a second one made by `init`. None: no
             correction.
-        linear: whether a(x_P) is linear in d, and differentiable by JAX in all of the system, as an exact solution is.
+        coefficients: `(system, inner) -> W`, of an a that is linear in W, and W in d; differentiable by JAX in all of
+            the system, as an exact solution is. None: the adjoint is of another kind.
+        evaluate: `(W, inner, x_P, x) -> a(x)`, if there are coefficients.
     """
 
     init: AdjointInit
     fit: AdjointFit
     description: str = ""
     newton: AdjointNewton | None = None
-    linear: bool = False
+    coefficients: Callable[[AdjointSystem, FitState], PyTree] | None = None
+    evaluate: Callable[[PyTree, FitState, Inputs, Inputs], Prediction] | None = None
 
     def __repr__(self) -> str:
         return describe(self)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
+from jax.core import Tracer, eval_jaxpr
 from jax.custom_derivatives import SymbolicZero
 
 from funcbilevel._arguments import check_callable
@@ -183,7 +183,9 @@ def kkt_conditions(
         x, nu, multipliers = solution
 
         def constraints(x: PyTree) -> tuple[PyTree, PyTree]:
-            return tuple(None if f is None else f(x, *args) for f in (equality, inequality))
+            return None if equality is None else equality(x, *args), None if inequality is None else inequality(
+                x, *args
+            )
 
         (e, g), pull = jax.vjp(constraints, x)
         forces = pull((nu, multipliers))[0]
@@ -343,7 +345,8 @@ def explicit(f: Callable[..., PyTree], *example: PyTree) -> tuple[Callable[..., 
     structure = jax.tree.structure(shapes)
 
     def g(consts: list[Any], *args: PyTree) -> PyTree:
-        return jax.tree.unflatten(structure, jax.core.eval_jaxpr(closed.jaxpr, consts, *jax.tree.leaves(args)))
+        values = eval_jaxpr(closed.jaxpr, consts, *jax.tree.leaves(args))
+        return jax.tree.unflatten(structure, values)
 
     return g, list(closed.consts)
 
@@ -365,7 +368,10 @@ def directional(f: Callable[[list[Any]], PyTree], xs: list[Any], tangents: list[
         moved = dict(zip(moving, some))
         return f([moved.get(i, x) for i, x in enumerate(xs)])
 
-    return linearized(of_moving, [xs[i] for i in moving])([tangents[i] for i in moving])
+    derivative = linearized(of_moving, [xs[i] for i in moving])([tangents[i] for i in moving])
+    # JAX transposes a linear solve only if no leaf of its right-hand side is a plain zero beside others that move.
+    nothing = sum(jnp.sum(0.0 * t).astype(jnp.float32) for t in jax.tree.leaves(derivative))
+    return jax.tree.map(lambda t: t + jnp.asarray(nothing, t.dtype), derivative)
 
 
 def _is_array(x: Any) -> bool:

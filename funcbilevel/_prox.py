@@ -46,8 +46,8 @@ def prox_group_lasso(tree: PyTree, scale: Any) -> PyTree:
 
     Example:
         >>> import jax.numpy as jnp, funcbilevel as fb
-        >>> fb.prox_group_lasso(jnp.array([[3.0, 4.0], [0.3, 0.4]]), 1.0).round(3).tolist()
-        [[2.4000000953674316, 3.200000047683716], [0.0, 0.0]]
+        >>> fb.prox_group_lasso(jnp.array([[3.0, 4.0], [0.3, 0.4]]), 2.5).tolist()
+        [[1.5, 2.0], [0.0, 0.0]]
     """
 
     def shrunk(x: jax.Array, t: Any) -> jax.Array:

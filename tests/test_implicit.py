@@ -1,5 +1,6 @@
 """Implicit layers x linear solvers x problems, against closed forms in float64: one row of PROBLEMS per problem."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -164,23 +165,32 @@ def quadratic_program() -> Problem:
     """min x' V x / 2 - omega' x with sum(x) = omega[0] and G x <= 1, of which some inequalities are active."""
     X, _ = data(7, 12, 4)
     V = X.T @ X / 12
-    G, h = data(8, 3, 4)[0], jnp.array([0.2, 0.3, 5.0])
-    omega, active = jnp.array([1.0, 0.5, -0.3, 0.8]), np.array([True, False, False])
+    G, h = np.asarray(data(8, 3, 4)[0]), np.full(3, 100.0)
+    omega = jnp.array([1.0, 0.5, -0.3, 0.8])
+
+    def solved(omega: Any, active: np.ndarray) -> tuple[Any, Any]:
+        E = jnp.concatenate([jnp.ones((1, 4)), G[active]])
+        system = jnp.block([[V, E.T], [E, jnp.zeros((len(E), len(E)))]])
+        return jnp.split(jnp.linalg.solve(system, jnp.concatenate([omega, omega[:1], h[active]])), [4])
+
+    h = G @ solved(omega, np.zeros(3, bool))[0] + np.array([-0.3, 2.0, 3.0])  # cuts the free solution off
+
+    def is_optimal(active: np.ndarray) -> bool:
+        x, multipliers = solved(omega, active)
+        return bool(np.all(multipliers[1:] > 0.01) and np.all((G @ x - h)[~active] < -0.01))
+
+    (active,) = (a for a in np.array(list(itertools.product([False, True], repeat=3))) if is_optimal(a))
+    assert 0 < active.sum() < 3
 
     def solution(omega: jax.Array) -> Any:
-        E = jnp.concatenate([jnp.ones((1, 4)), G[active]])
-        system = jnp.block([[V, E.T], [E, jnp.zeros((2, 2))]])
-        values = jnp.linalg.solve(system, jnp.concatenate([omega, omega[:1], h[active]]))
-        return {"x": values[:4]}, values[4:5], on(active, values[5:], 0.0)
+        x, multipliers = solved(omega, active)
+        return {"x": x}, multipliers[:1], on(active, multipliers[1:], 0.0)
 
     conditions = fb.kkt_conditions(
         lambda x, omega: x["x"] @ V @ x["x"] / 2 - omega @ x["x"],
         equality=lambda x, omega: jnp.sum(x["x"], keepdims=True) - omega[:1],
         inequality=lambda x, omega: G @ x["x"] - h,
     )
-    x, _, multipliers = solution(omega)
-    assert np.all(multipliers[active] > 0.01)
-    assert np.all((G @ x["x"] - h)[~active] < -0.01)
     return Problem(fb.custom_root, conditions, omega, solution)
 
 
@@ -209,53 +219,87 @@ def loss(solution: Any) -> jax.Array:
     return jnp.sum(jnp.sin(flat(solution) * (1.0 + jnp.arange(flat(solution).size))))
 
 
-@pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("build", PROBLEMS, ids=lambda build: build.__name__)
-def test_derivatives(build: Callable[[], Problem]) -> None:
-    decorator, condition, omega, solution, symmetric = build()
-    omegas = omega[None] * jnp.array([[1.0], [1.001]])
+def layer_of(
+    build: Callable[[], Problem], linear_solver: Any
+) -> tuple[Callable[..., Any], Callable[..., Any], Problem]:
+    """The layer as functions of omega, given in an argument and in closures."""
+    problem = build()
+    kwargs = {} if linear_solver is None else {"linear_solver": linear_solver}
+    decorator, condition, _, solution, _ = problem
 
-    def by_argument(omega: jax.Array, **kwargs: Any) -> jax.Array:
+    def by_argument(omega: jax.Array) -> jax.Array:
         return flat(decorator(condition, **kwargs)(lambda _, omega: solution(omega))(None, omega))
 
     def by_closure(omega: jax.Array) -> jax.Array:
-        return flat(decorator(lambda x: condition(x, omega))(lambda _: solution(omega))(None))
+        return flat(decorator(lambda x: condition(x, omega), **kwargs)(lambda _: solution(omega))(None))
 
-    def exact(omega: jax.Array) -> jax.Array:
-        return flat(solution(omega))
+    return by_argument, by_closure, problem
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("build", PROBLEMS, ids=lambda build: build.__name__)
+def test_derivatives(build: Callable[[], Problem]) -> None:
+    f, by_closure, (decorator, condition, omega, solution, _) = layer_of(build, SOLVERS["lineax"])
 
     @jax.jit
     def everything(omega: jax.Array) -> tuple[Any, ...]:
-        at = condition(solution(omega), omega)
-        if decorator is fb.custom_fixed_point:
-            at = at - solution(omega)
-        first = {}
-        for name, solver in SOLVERS.items():
-            if name != "cg" or symmetric:
-                f = lambda omega: by_argument(omega, **({} if solver is None else {"linear_solver": solver}))
-                first |= {f"{name}, reverse": jax.jacrev(f)(omega), f"{name}, forward": jax.jacfwd(f)(omega)}
-        first["closure, reverse"] = jax.jacrev(by_closure)(omega)
-        first["closure, forward"] = jax.jacfwd(by_closure)(omega)
-        F = lambda omega: loss(by_argument(omega))
-        second = {
-            "forward over reverse": jax.hessian(F)(omega),
-            "reverse over reverse": jax.jacrev(jax.jacrev(F))(omega),
-            "closure": jax.hessian(lambda omega: loss(by_closure(omega)))(omega),
-        }
-        mapped = jax.vmap(jax.grad(F))(omegas), jax.grad(lambda omegas: jnp.sum(jax.vmap(F)(omegas)))(omegas)
-        expected = jax.jacfwd(exact)(omega), jax.hessian(lambda omega: loss(solution(omega)))(omega)
-        return at, first, second, mapped, expected
+        x = solution(omega)
+        at = flat(condition(x, omega)) - (flat(x) if decorator is fb.custom_fixed_point else 0.0)
+        got = jax.jacrev(f)(omega), jax.hessian(lambda omega: loss(by_closure(omega)))(omega)
+        expected = (
+            jax.jacfwd(lambda omega: flat(solution(omega)))(omega),
+            jax.hessian(lambda o: loss(solution(o)))(omega),
+        )
+        return at, got, expected
 
-    at, first, second, mapped, (jacobian, hessian) = everything(omega)
-    assert np.max(np.abs(flat(at))) < 1e-10
-    assert np.max(np.abs(jacobian)) > 0.01
-    for what, got in first.items():
-        assert_close(got, jacobian, 1e-8, what)
-    for what, got in second.items():
-        assert_close(got, hessian, 1e-7, what)
-    gradient = jax.jit(jax.grad(lambda omega: loss(solution(omega))))
-    for got in mapped:
-        assert_close(got, jnp.stack([gradient(omega) for omega in omegas]), 1e-8, "vmap")
+    at, got, expected = everything(omega)
+    assert np.max(np.abs(at)) < 1e-10
+    assert np.max(np.abs(expected[0])) > 0.01
+    assert_close(got[0], expected[0], 1e-9, "first")
+    assert_close(got[1], expected[1], 1e-8, "second")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("build", PROBLEMS, ids=lambda build: build.__name__)
+def test_every_solver(build: Callable[[], Problem], name: str) -> None:
+    """Forward = reverse, arguments = closures, vmap = loop, to second order."""
+    f, by_closure, (_, _, omega, solution, symmetric) = layer_of(build, SOLVERS[name])
+    if name == "cg" and not symmetric:
+        pytest.skip("for symmetric systems")
+    F, G = lambda omega: loss(f(omega)), lambda omega: loss(by_closure(omega))
+    exact = lambda omega: loss(solution(omega))
+    omegas = omega[None] * jnp.array([[1.0], [1.001]])
+
+    @jax.jit
+    def everything(omega: jax.Array) -> tuple[Any, ...]:
+        first = [
+            jax.jacrev(f)(omega),
+            jax.jacfwd(f)(omega),
+            jax.jacrev(by_closure)(omega),
+            jax.jacfwd(by_closure)(omega),
+        ]
+        second = [jax.hessian(F)(omega), jax.jacrev(jax.jacrev(F))(omega), jax.hessian(G)(omega)]
+        mapped = [jax.vmap(jax.grad(F))(omegas), jax.grad(lambda omegas: jnp.sum(jax.vmap(F)(omegas)))(omegas)]
+        loop = jax.lax.map(jax.grad(exact), omegas)
+        return first, second, mapped, (jax.jacfwd(lambda o: flat(solution(o)))(omega), jax.hessian(exact)(omega), loop)
+
+    *results, expected = everything(omega)
+    for got, want, tolerance in zip(results, expected, (1e-8, 1e-7, 1e-8), strict=True):
+        for i, each in enumerate(got):
+            assert_close(each, want, tolerance, str(i))
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("name", SOLVERS)
+def test_first_derivatives_by_every_solver(name: str) -> None:
+    f, _, (_, _, omega, solution, _) = layer_of(ridge if name == "cg" else nonsymmetric_root, SOLVERS[name])
+    F, exact = lambda omega: loss(f(omega)), lambda omega: loss(solution(omega))
+    both = jax.jit(lambda omega: (jax.grad(F)(omega), jax.jvp(F, (omega,), (omega,))[1], jax.grad(exact)(omega)))
+    in_reverse, forward, expected = both(omega)
+    assert_close(in_reverse, expected, 1e-9, "reverse")
+    assert_close(forward, expected @ omega, 1e-9, "forward")
 
 
 # Solvers of every kind.
@@ -431,9 +475,7 @@ def test_conditions_without_a_forward_derivative() -> None:
 # What is refused.
 
 
-def layer_of(
-    optimality: Any = lambda x, omega: x - omega, solver: Any = lambda init, omega: omega, **kwargs: Any
-) -> Any:
+def simple(optimality: Any = lambda x, omega: x - omega, solver: Any = lambda init, omega: omega, **kwargs: Any) -> Any:
     return fb.custom_root(optimality, **kwargs)(solver)
 
 
@@ -442,14 +484,14 @@ def layer_of(
     [
         (lambda: fb.custom_root(3.0), TypeError, "custom_root: optimality must be callable"),
         (lambda: fb.custom_fixed_point(None), TypeError, "custom_fixed_point: fixed_point must be callable"),
-        (lambda: layer_of(linear_solver="cg"), TypeError, "custom_root: linear_solver must be one of fb.cg"),
-        (lambda: layer_of(solver=1), TypeError, "the decorated solver must be callable"),
-        (lambda: layer_of(lambda x, omega: x[:1])(None, jnp.ones(2)), ValueError, "one equation for each unknown"),
-        (lambda: layer_of(lambda x, omega: (x,))(None, jnp.ones(2)), ValueError, "of the same structure"),
-        (lambda: layer_of()(None, jnp.arange(2)), ValueError, "must hold an array of floats"),
-        (lambda: layer_of(has_aux=True)(None, jnp.ones(2)), TypeError, r"must return a tuple \(solution"),
+        (lambda: simple(linear_solver="cg"), TypeError, "custom_root: linear_solver must be one of fb.cg"),
+        (lambda: simple(solver=1), TypeError, "the decorated solver must be callable"),
+        (lambda: simple(lambda x, omega: x[:1])(None, jnp.ones(2)), ValueError, "one equation for each unknown"),
+        (lambda: simple(lambda x, omega: (x,))(None, jnp.ones(2)), ValueError, "of the same structure"),
+        (lambda: simple()(None, jnp.arange(2)), ValueError, "must hold an array of floats"),
+        (lambda: simple(has_aux=True)(None, jnp.ones(2)), TypeError, r"must return a tuple \(solution"),
         (
-            lambda: jax.grad(lambda w: layer_of(solver=lambda init, omega, tol: omega)(None, 1.0, tol=w))(1.0),
+            lambda: jax.grad(lambda w: simple(solver=lambda init, omega, tol: omega)(None, 1.0, tol=w))(1.0),
             TypeError,
             "tol is traced",
         ),

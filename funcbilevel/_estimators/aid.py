@@ -47,7 +47,8 @@ def aid(
     The inner gradient is linearised once; each step of the linear solver then costs one Hessian-vector product. Both
     formulas hold where theta is a stationary point of a smooth inner objective, inside its domain. At a solution with
     active constraints or at a kink (non-negative least squares, lasso), and after too few inner steps, they give a
-    wrong number, which `inner_gradient_relative` shows and the linear solver's residual does not.
+    wrong number, which `inner_gradient_relative` shows and the linear solver's residual does not; for constraints and
+    kinks there is `prox_aid`.
 
     With `fb.Minibatches`, `fb.Sampler` or `fb.FiniteSum` as inner batch, all products and the cross derivative are
     taken on one batch: the draw after those of the inner steps. Of fewer samples than parameters it has a singular

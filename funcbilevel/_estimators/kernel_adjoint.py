@@ -130,4 +130,4 @@ def kernel_adjoint(
         N_P, N_Q = (jax.tree.map(lambda W, phi=phi: jnp.tensordot(phi, W, 1), W) for phi in (phi_P, phi_Q))
         return N_P, N_Q, state, {"newton_residual": metrics["linear_residual"]}
 
-    return Adjoint(init, fit, newton=newton, linear=True)
+    return Adjoint(init, fit, newton=newton)

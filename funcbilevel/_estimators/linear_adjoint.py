@@ -11,7 +11,7 @@ from funcbilevel._fit import FitState
 from funcbilevel._model import Model
 from funcbilevel._ridge import ridge_solution
 from funcbilevel._tree import moments, tree_cast, working_dtype
-from funcbilevel._typing import Key, Metrics, Prediction, PyTree
+from funcbilevel._typing import Inputs, Key, Metrics, Prediction, PyTree
 
 
 @described
@@ -54,12 +54,16 @@ def linear_adjoint(features: Features, ridge: float = 0.0, num_steps: int = 500)
         system: AdjointSystem, model: Model, inner: FitState, state: PyTree, key: Key | None, /
     ) -> tuple[Prediction, PyTree, Metrics]:
         del model, key
+        W, phi_P, metrics = solve(system, inner)
+        return jax.tree.map(lambda W: jnp.tensordot(phi_P, W, 1), W), state, metrics
+
+    def solve(system: AdjointSystem, inner: FitState) -> tuple[PyTree, jax.Array, Metrics]:
         C, d, v_P, x_P, x_Q, mean = system
         phi_P, phi_Q = (evaluate_features("linear_adjoint", features, inner, x) for x in (x_P, x_Q))
         wide = working_dtype((phi_Q, d))
         rhs = jax.tree.map(lambda d: -mean(moments(phi_Q.astype(wide), d)), tree_cast(d, wide))
         W, metrics = ridge_solution(C, rhs, phi_P, v_P, ridge, num_steps, mean)
-        return jax.tree.map(lambda W: jnp.tensordot(phi_P, W, 1), W), state, metrics
+        return W, phi_P, metrics
 
     def newton(
         system: AdjointSystem, model: Model, inner: FitState, state: PyTree, key: Key | None, /
@@ -73,4 +77,9 @@ def linear_adjoint(features: Features, ridge: float = 0.0, num_steps: int = 500)
         N_P, N_Q = (jax.tree.map(lambda W, phi=phi: jnp.tensordot(phi, W, 1), W) for phi in (phi_P, phi_Q))
         return N_P, N_Q, state, {"newton_residual": metrics["linear_residual"]}
 
-    return Adjoint(no_state, fit, newton=newton, linear=True)
+    def evaluate(W: PyTree, inner: FitState, x_P: Inputs, x: Inputs) -> Prediction:
+        del x_P
+        phi = evaluate_features("linear_adjoint", features, inner, x)
+        return jax.tree.map(lambda W: jnp.tensordot(phi, W, 1), W)
+
+    return Adjoint(no_state, fit, newton=newton, coefficients=lambda *system: solve(*system)[0], evaluate=evaluate)

@@ -1,6 +1,7 @@
 """The adjoint of FuncID as one free value per sample."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +53,7 @@ def pointwise_adjoint() -> Adjoint:
     ) -> tuple[Prediction, PyTree, Metrics]:
         del model, inner, key
         C, d, _, x_P, x_Q, _ = system
-        _check_inputs(x_P, x_Q)
+        _check_shapes(x_P, x_Q)
         rhs = jax.tree.map(jnp.negative, tree_cast(d, working_dtype(d)))
         a_P = _solve_blocks(in_working_dtype(C, d), rhs)
         product, unit = rescaled(C, d)(a_P), 1.0 / tree_size(d)
@@ -60,8 +61,7 @@ def pointwise_adjoint() -> Adjoint:
         near_one = tuple(tree_scaled(t, unit) for t in (product, rhs, a_P))
         metrics = linear_metrics(near_one[0], near_one[1], near_one[2], d)
         metrics["linear_converged"] &= inconsistent == 0
-        same = [jnp.array_equal(p, q) for p, q in zip(jax.tree.leaves(x_P), jax.tree.leaves(x_Q), strict=True)]
-        metrics |= {"adjoint_inconsistent": inconsistent, "adjoint_inputs_match": jnp.all(jnp.stack(same))}
+        metrics |= {"adjoint_inconsistent": inconsistent, "adjoint_inputs_match": _same(x_P, x_Q)}
         return a_P, state, metrics
 
     def newton(
@@ -69,22 +69,50 @@ def pointwise_adjoint() -> Adjoint:
     ) -> tuple[Prediction, Prediction, PyTree, Metrics]:
         del model, inner, key
         C, g, _, x_P, x_Q, _ = system
-        _check_inputs(x_P, x_Q)
+        _check_shapes(x_P, x_Q)
         rhs = tree_cast(g, working_dtype(g))
         N = _solve_blocks(in_working_dtype(C, g), rhs)
         residual = linear_metrics(rescaled(C, g)(N), rhs, N, g)["linear_residual"]
         return N, N, state, {"newton_residual": residual}
 
-    return Adjoint(no_state, fit, newton=newton, linear=True)
+    def coefficients(system: AdjointSystem, inner: FitState) -> PyTree:
+        del inner
+        d = tree_cast(system.d, working_dtype(system.d))
+        return _solve_blocks(in_working_dtype(system.curvature, system.d), jax.tree.map(jnp.negative, d))
+
+    def evaluate(W: PyTree, inner: FitState, x_P: Inputs, x: Inputs) -> Prediction:
+        del inner
+        _check_shapes(x_P, x)
+        return _right_if(_same(x_P, x), W)
+
+    return Adjoint(no_state, fit, newton=newton, coefficients=coefficients, evaluate=evaluate)
 
 
-def _check_inputs(x_P: Inputs, x_Q: Inputs) -> None:
-    shapes_P, shapes_Q = jax.eval_shape(lambda: (x_P, x_Q))
+def _check_shapes(x_P: Inputs, x_Q: Inputs) -> None:
     mend = (
         "both batches must hold the same inputs in the same order. For inputs that differ use fb.linear_adjoint or "
         "fb.learned_adjoint."
     )
+    shapes_P, shapes_Q = jax.eval_shape(lambda: (x_P, x_Q))
     check_like("pointwise_adjoint", "inputs of outer_batch", shapes_Q, shapes_P, mend)
+
+
+def _same(x_P: Inputs, x_Q: Inputs) -> jax.Array:
+    """Whether the two batches hold the same inputs."""
+    pairs = zip(jax.tree.leaves(x_P), jax.tree.leaves(x_Q), strict=True)
+    return jnp.all(jnp.stack([jnp.array_equal(p, q) for p, q in pairs]))
+
+
+def _right_if(condition: jax.Array, tree: PyTree) -> PyTree:
+    """`tree`, with NaN for its derivative if the condition is false."""
+    identity = jax.custom_jvp(lambda condition, tree: tree)
+
+    def rule(primals: tuple[jax.Array, PyTree], tangents: tuple[Any, PyTree]) -> tuple[PyTree, PyTree]:
+        condition, tree = primals
+        return identity(condition, tree), jax.tree.map(lambda t: t * jnp.where(condition, 1.0, jnp.nan), tangents[1])
+
+    identity.defjvp(rule)
+    return identity(condition, tree)
 
 
 def _rows(tree: Prediction) -> jax.Array:
