@@ -81,7 +81,7 @@ def test_a_solver_of_the_benchmark_takes_the_same_steps_as_the_method(benchopt):
 
 
 def test_bad_input(benchopt, monkeypatch):
-    with pytest.raises(TypeError, match="momentum"):
+    with pytest.raises(TypeError, match="step_size"):
         benchmark_solver("x", build, {"momentum": [0.1]})
     monkeypatch.setitem(sys.modules, "benchopt", None)
     with pytest.raises(ImportError, match="benchopt is not installed"):
