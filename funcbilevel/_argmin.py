@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from funcbilevel._arguments import as_float_tree
-from funcbilevel._check import check_prediction, check_setup, problem_inputs, warn_of_ignored
+from funcbilevel._check import check_prediction, check_setup, leaves_seen, problem_inputs
 from funcbilevel._estimator import Adjoint, AdjointSystem, Estimator, Layer
 from funcbilevel._fit import FitState
 from funcbilevel._implicit import directional, explicit, not_differentiated, root, with_tangent
@@ -16,7 +16,6 @@ from funcbilevel._linear_solvers import LinearSolver
 from funcbilevel._model import Model
 from funcbilevel._predictor import Predictor, as_parametric, predictor
 from funcbilevel._problem import Problem, inner_derivatives, inner_value
-from funcbilevel._tracing import dependence
 from funcbilevel._typing import Batch, InnerParams, Inputs, ModelState, OuterParams, Prediction, PyTree
 
 
@@ -115,8 +114,7 @@ def root_layer(solver: LinearSolver) -> Layer:
     """theta as a stationary point of the inner objective."""
 
     def solve(problem: Problem, outer_params: OuterParams, theta: InnerParams, batch: Batch) -> InnerParams:
-        (seen,), _ = dependence(lambda theta: inner_value(problem, outer_params, theta, batch)[0], theta)
-        warn_of_ignored("argmin", seen)
+        seen = leaves_seen("argmin", problem, outer_params, theta, batch)
 
         def part(tree: PyTree) -> PyTree:
             return jax.tree.map(lambda x, s: x if s else None, tree, seen)

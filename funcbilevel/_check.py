@@ -472,8 +472,11 @@ def check_features(function: str, phi: Any, inputs: Inputs) -> None:
         )
 
 
-def warn_of_ignored(function: str, seen: PyTree) -> None:
-    """Names the leaves of inner_params that the inner objective does not see; `seen` is the tree of `dependence`."""
+def leaves_seen(
+    function: str, problem: Problem, outer_params: OuterParams, inner_params: InnerParams, inner_batch: Batch
+) -> PyTree:
+    """For each leaf of inner_params whether the inner objective sees it; warns of those that it does not."""
+    (seen,), _ = dependence(lambda theta: inner_value(problem, outer_params, theta, inner_batch)[0], inner_params)
     leaves = jax.tree_util.tree_flatten_with_path(seen)[0]
     if ignored := [path_name(path) or "inner_params" for path, is_seen in leaves if not is_seen]:
         warnings.warn(
@@ -482,6 +485,7 @@ def warn_of_ignored(function: str, seen: PyTree) -> None:
             "add a term to the objective that sees them, for example a penalty.",
             stacklevel=2,
         )
+    return seen
 
 
 def warn_of_assumptions(function: str, metrics: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """How wrong a hypergradient is, without a reference."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from funcbilevel._bilevel import hypergradient
 from funcbilevel._check import check_setup
 from funcbilevel._described import fields_that_differ
-from funcbilevel._estimator import Estimator, Hypergradient, InnerSolution
+from funcbilevel._estimator import Call, Estimator, Hypergradient, InnerSolution, by_call
 from funcbilevel._model import Model
 from funcbilevel._problem import Problem, mean_over_devices
 from funcbilevel._tree import tree_add_scaled, tree_norm
@@ -97,17 +97,17 @@ def hypergradient_error(
             "reference by fb.check_hypergradient."
         )
 
-    def estimate(*arguments: Any) -> tuple[InnerSolution, Hypergradient]:
-        first, *rest = refine(*arguments)
+    def estimate(call: Call) -> tuple[InnerSolution, Hypergradient]:
+        first, *rest = refine(call)
         # Only the numbers that are asked for: no warnings of what this function is to find out.
         metrics = {"adjoint_finite": first.metrics["adjoint_finite"]}
         parts = [(h.explicit, h.implicit) for h in rest]
-        return arguments[2](arguments[3]), first._replace(state=parts, metrics=metrics)
+        return call.solve(call.outer_params), first._replace(state=parts, metrics=metrics)
 
     h = hypergradient(
         problem,
         model,
-        estimator._replace(estimate=estimate),
+        estimator._replace(estimate=by_call(estimate)),
         outer_params,
         inner_params,
         inner_batch,

@@ -1,7 +1,7 @@
 """The protocol that every estimator follows: types only."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
 
@@ -127,19 +127,7 @@ def by_call(estimate: Callable[[Call], tuple[InnerSolution, Hypergradient]]) -> 
     return lambda *arguments: estimate(Call(*arguments))
 
 
-class Refine(Protocol):
-    def __call__(
-        self,
-        problem: Any,
-        model: Model | None,
-        solve: InnerSolve,
-        outer_params: OuterParams,
-        inner_batch: Batch,
-        outer_batch: Batch,
-        state: PyTree,
-        key: Key | None,
-        /,
-    ) -> tuple[Hypergradient, Hypergradient, Hypergradient, Hypergradient]: ...
+Refine: TypeAlias = Callable[[Call], tuple[Hypergradient, Hypergradient, Hypergradient, Hypergradient]]
 
 
 class Estimator(NamedTuple):
@@ -155,7 +143,7 @@ class Estimator(NamedTuple):
         implicit: whether it estimates the implicit part, so that inner_objective has to depend on outer_params.
         by_values: whether it goes by values of the objectives, whose derivatives by outer_params may be zero.
         description: the call that made it, for `repr`.
-        refine: called as `estimate` is, for `hypergradient_error`: the estimate; that with its adjoint refined twice;
+        refine: of a `Call`, for `hypergradient_error`: the estimate; that with its adjoint refined twice;
             and two, each after one more Newton step of the inner level and refinement of the adjoint. None: without.
         reaches: whether outer_params may reach the inner solution otherwise than through inner_objective.
         layer: `(problem, model, outer_params, inner_params, model_state, inner_batch)` -> inner_params, or a

@@ -13,6 +13,7 @@ from jax.flatten_util import ravel_pytree
 
 from funcbilevel._arguments import check_at_least, check_callable, check_like, check_number, check_positive
 from funcbilevel._described import describe, described
+from funcbilevel._fit import FitState
 from funcbilevel._tree import (
     tree_add_scaled,
     tree_cast,
@@ -358,6 +359,12 @@ def as_linear_solver(solver: Any, function: str = "aid") -> LinearSolver:
         f"{function}: linear_solver must be one of fb.cg, fb.normal_cg, fb.gmres, fb.neumann, fb.gradient_descent, "
         f"fb.identity (called with their arguments) or a lineax solver object, got {solver!r}."
     )
+
+
+def solution_start(_key: Any, _problem: Any, _model: Any, inner: FitState, _batch: Any, /) -> PyTree:
+    """`init` of an estimator that carries a linear system's solution, like inner_params: zero, in `working_dtype`."""
+    dtype = working_dtype(inner.params)
+    return jax.tree.map(lambda x: jnp.zeros_like(x, dtype), inner.params)
 
 
 def solve_linear(

@@ -49,6 +49,7 @@ def exact(omega: Any, weights: Any = WEIGHTS) -> Any:
 FUNCTIONAL = fb.FunctionalProblem(inner, inner)
 MODEL = linear_model(np.zeros(()))
 LINEAR = fb.funcid(fb.linear_adjoint(identity_features))
+KERNEL = fb.funcid(fb.kernel_adjoint(fb.linear_kernel(), ridge=0.0))  # the same class of functions as LINEAR
 LEARNED = fb.funcid(fb.learned_adjoint(optax.sgd(0.1, momentum=0.9, nesterov=True), 1000))
 AID = fb.aid(fb.cg(10))
 
@@ -60,7 +61,7 @@ def expected() -> tuple[Any, Any, Any]:
     return jax.jit(lambda omega: (exact(omega), gradient(omega, WEIGHTS), jax.hessian(F)(omega, WEIGHTS)))(OMEGA)
 
 
-@pytest.mark.parametrize("estimator", [LINEAR, AID, LEARNED], ids=lambda e: repr(e)[:20])
+@pytest.mark.parametrize("estimator", [LINEAR, KERNEL, AID, LEARNED], ids=lambda e: repr(e)[:20])
 def test_functional(estimator: fb.Estimator) -> None:
     theta, (gradient, by_weights), hessian = expected()
     layer = fb.argmin(FUNCTIONAL, MODEL, estimator)

@@ -9,24 +9,19 @@ import jax.numpy as jnp
 
 from funcbilevel._argmin import root_layer
 from funcbilevel._arguments import check_correction
-from funcbilevel._check import warn_of_ignored
+from funcbilevel._check import leaves_seen
 from funcbilevel._described import described
-from funcbilevel._estimator import Call, Estimator, Hypergradient, InnerSolution, by_call
-from funcbilevel._fit import FitState
-from funcbilevel._linear_solvers import LinearSolver, as_linear_solver, rescaled, solve_linear
-from funcbilevel._model import Model
+from funcbilevel._estimator import Call, Estimator, Hypergradient, InnerSolution, by_call, no_state
+from funcbilevel._linear_solvers import LinearSolver, as_linear_solver, rescaled, solution_start, solve_linear
 from funcbilevel._predictor import as_parametric
 from funcbilevel._problem import (
-    Problem,
     inner_cross_derivative,
     inner_derivatives,
-    inner_value,
     outer_derivatives,
     stationarity,
 )
-from funcbilevel._tracing import dependence
 from funcbilevel._tree import all_finite, tree_add_scaled, tree_cast, tree_norm, working_dtype
-from funcbilevel._typing import Batch, Key, PyTree
+from funcbilevel._typing import PyTree
 
 if TYPE_CHECKING:
     import lineax
@@ -89,19 +84,13 @@ def aid(
     """
     solver, corrected = as_linear_solver(linear_solver), check_correction("aid", correction)
 
-    def init(key: Key | None, problem: Problem, model: Model | None, inner: FitState, inner_batch: Batch, /) -> PyTree:
-        del key, problem, model, inner_batch
-        dtype = working_dtype(inner.params)
-        return jax.tree.map(lambda x: jnp.zeros_like(x, dtype), inner.params) if warm_start else ()
-
     def at(call: Call, lengths: tuple[float, ...], found: PyTree | None = None) -> tuple[InnerSolution, Hypergradient]:
         """The estimate after Newton steps of these lengths; u is solved for, or `found` refined by its residual."""
         problem, model, solve, outer_params, inner_batch, outer_batch, state, _ = call
         inner = solve(outer_params)
         theta, problem = inner.fit.params, as_parametric(problem, model, inner.fit.model_state, inner_batch)
 
-        (seen,), _ = dependence(lambda theta: inner_value(problem, outer_params, theta, inner_batch)[0], theta)
-        warn_of_ignored("aid", seen)
+        seen = leaves_seen("aid", problem, outer_params, theta, inner_batch)
 
         def part(tree: PyTree) -> PyTree:  # the leaves that are in the system, None for the others
             return jax.tree.map(lambda x, s: x if s else None, tree, seen)
@@ -144,8 +133,7 @@ def aid(
         inner, h = at(call, own)
         return inner, h if warm_start else h._replace(state=())
 
-    def refine(*arguments: Any) -> tuple[Hypergradient, Hypergradient, Hypergradient, Hypergradient]:
-        call = Call(*arguments)
+    def refine(call: Call) -> tuple[Hypergradient, Hypergradient, Hypergradient, Hypergradient]:
         _, first = at(call, own)
         _, again = at(call, own, at(call, own, first.state)[1].state)
         _, second = at(call, (*own, 1.0), first.state)
@@ -153,4 +141,4 @@ def aid(
         return first, again, second, third
 
     layer = None if corrected else root_layer(solver)
-    return Estimator(init, by_call(estimate), refine=refine, layer=layer)
+    return Estimator(solution_start if warm_start else no_state, by_call(estimate), refine=refine, layer=layer)

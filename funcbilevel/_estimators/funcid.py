@@ -191,8 +191,7 @@ def funcid(adjoint: Adjoint, correction: float = 0.0) -> Estimator:
     def estimate(call: Call) -> tuple[InnerSolution, Hypergradient]:
         return at(call, own)
 
-    def refine(*arguments: Any) -> tuple[Hypergradient, Hypergradient, Hypergradient, Hypergradient]:
-        call = Call(*arguments)
+    def refine(call: Call) -> tuple[Hypergradient, Hypergradient, Hypergradient, Hypergradient]:
 
         def on(state: PyTree, lengths: tuple[float, ...], i: int) -> Hypergradient:
             """With a key of its own: fits that start anew at every call then differ by as much as they are wrong."""

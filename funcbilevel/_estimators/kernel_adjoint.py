@@ -4,18 +4,15 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from funcbilevel._arguments import check_at_least, check_number
 from funcbilevel._described import described
-from funcbilevel._estimator import Adjoint, AdjointSystem
+from funcbilevel._estimator import Adjoint
+from funcbilevel._estimators._span import adjoint_in_span
 from funcbilevel._fit import FitState
 from funcbilevel._kernels import Kernel, as_kernel, centred_features, fourier_features
-from funcbilevel._model import Model
 from funcbilevel._problem import FunctionalProblem
-from funcbilevel._ridge import ridge_solution
-from funcbilevel._tree import moments, tree_cast, working_dtype
-from funcbilevel._typing import Batch, Inputs, Key, Metrics, Prediction, PyTree
+from funcbilevel._typing import Batch, Inputs, Key, PyTree
 
 
 @described
@@ -93,41 +90,15 @@ def kernel_adjoint(
             )
         return ()
 
-    def spanned(x_P: Inputs, x_Q: Inputs) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-        """The features on both batches, and what is known of their Gram matrix."""
-        spectrum = None
+    def features_on(inner: FitState, x_P: Inputs) -> tuple[Callable[[Inputs], jax.Array], jax.Array | None]:
+        del inner
         if by_fourier:
             assert num_features is not None
-            features = fourier_features(k, jax.random.key(seed), num_features, x_P)
-        elif num_features is None:
-            features, spectrum = centred_features(name, k, x_P)
-        else:
-            size = jax.tree.leaves(x_P)[0].shape[0]
-            chosen = jax.random.permutation(jax.random.key(seed), size)[:num_features]
-            features, _ = centred_features(name, k, jax.tree.map(lambda x: x[chosen], x_P))
-        return features(x_P), features(x_Q), spectrum
+            return fourier_features(k, jax.random.key(seed), num_features, x_P), None
+        if num_features is None:
+            return centred_features(name, k, x_P)
+        size = jax.tree.leaves(x_P)[0].shape[0]
+        chosen = jax.random.permutation(jax.random.key(seed), size)[:num_features]
+        return centred_features(name, k, jax.tree.map(lambda x: x[chosen], x_P))[0], None
 
-    def fit(
-        system: AdjointSystem, model: Model, inner: FitState, state: PyTree, key: Key | None, /
-    ) -> tuple[Prediction, PyTree, Metrics]:
-        del model, inner, key
-        C, d, v_P, x_P, x_Q, mean = system
-        phi_P, phi_Q, spectrum = spanned(x_P, x_Q)
-        wide = working_dtype((phi_Q, d))
-        rhs = jax.tree.map(lambda d: -mean(moments(phi_Q.astype(wide), d)), tree_cast(d, wide))
-        W, metrics = ridge_solution(C, rhs, phi_P, v_P, ridge, num_steps, mean, spectrum)
-        return jax.tree.map(lambda W: jnp.tensordot(phi_P, W, 1), W), state, metrics
-
-    def newton(
-        system: AdjointSystem, model: Model, inner: FitState, state: PyTree, key: Key | None, /
-    ) -> tuple[Prediction, Prediction, PyTree, Metrics]:
-        del model, inner, key
-        C, g, v_P, x_P, x_Q, mean = system
-        phi_P, phi_Q, spectrum = spanned(x_P, x_Q)
-        wide = working_dtype((phi_P, g))
-        rhs = jax.tree.map(lambda g: mean(moments(phi_P.astype(wide), g)), tree_cast(g, wide))
-        W, metrics = ridge_solution(C, rhs, phi_P, v_P, ridge, num_steps, mean, spectrum)
-        N_P, N_Q = (jax.tree.map(lambda W, phi=phi: jnp.tensordot(phi, W, 1), W) for phi in (phi_P, phi_Q))
-        return N_P, N_Q, state, {"newton_residual": metrics["linear_residual"]}
-
-    return Adjoint(init, fit, newton=newton)
+    return adjoint_in_span(init, features_on, ridge, num_steps)

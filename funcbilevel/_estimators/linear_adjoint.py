@@ -1,17 +1,16 @@
 """The adjoint of FuncID as a linear function of features, fitted exactly."""
 
+from collections.abc import Callable
+
 import jax
-import jax.numpy as jnp
 
 from funcbilevel._arguments import check_at_least, check_number
 from funcbilevel._described import described
-from funcbilevel._estimator import Adjoint, AdjointSystem, no_state
+from funcbilevel._estimator import Adjoint, no_state
+from funcbilevel._estimators._span import adjoint_in_span
 from funcbilevel._features import Features, check_is_features, evaluate_features
 from funcbilevel._fit import FitState
-from funcbilevel._model import Model
-from funcbilevel._ridge import ridge_solution
-from funcbilevel._tree import moments, tree_cast, working_dtype
-from funcbilevel._typing import Inputs, Key, Metrics, Prediction, PyTree
+from funcbilevel._typing import Inputs
 
 
 @described
@@ -50,36 +49,8 @@ def linear_adjoint(features: Features, ridge: float = 0.0, num_steps: int = 500)
     check_at_least("linear_adjoint", "ridge", ridge, 0.0)
     check_number("linear_adjoint", "num_steps", num_steps)
 
-    def fit(
-        system: AdjointSystem, model: Model, inner: FitState, state: PyTree, key: Key | None, /
-    ) -> tuple[Prediction, PyTree, Metrics]:
-        del model, key
-        W, phi_P, metrics = solve(system, inner)
-        return jax.tree.map(lambda W: jnp.tensordot(phi_P, W, 1), W), state, metrics
-
-    def solve(system: AdjointSystem, inner: FitState) -> tuple[PyTree, jax.Array, Metrics]:
-        C, d, v_P, x_P, x_Q, mean = system
-        phi_P, phi_Q = (evaluate_features("linear_adjoint", features, inner, x) for x in (x_P, x_Q))
-        wide = working_dtype((phi_Q, d))
-        rhs = jax.tree.map(lambda d: -mean(moments(phi_Q.astype(wide), d)), tree_cast(d, wide))
-        W, metrics = ridge_solution(C, rhs, phi_P, v_P, ridge, num_steps, mean)
-        return W, phi_P, metrics
-
-    def newton(
-        system: AdjointSystem, model: Model, inner: FitState, state: PyTree, key: Key | None, /
-    ) -> tuple[Prediction, Prediction, PyTree, Metrics]:
-        del model, key
-        C, g, v_P, x_P, x_Q, mean = system
-        phi_P, phi_Q = (evaluate_features("linear_adjoint", features, inner, x) for x in (x_P, x_Q))
-        wide = working_dtype((phi_P, g))
-        rhs = jax.tree.map(lambda g: mean(moments(phi_P.astype(wide), g)), tree_cast(g, wide))
-        W, metrics = ridge_solution(C, rhs, phi_P, v_P, ridge, num_steps, mean)
-        N_P, N_Q = (jax.tree.map(lambda W, phi=phi: jnp.tensordot(phi, W, 1), W) for phi in (phi_P, phi_Q))
-        return N_P, N_Q, state, {"newton_residual": metrics["linear_residual"]}
-
-    def evaluate(W: PyTree, inner: FitState, x_P: Inputs, x: Inputs) -> Prediction:
+    def features_on(inner: FitState, x_P: Inputs) -> tuple[Callable[[Inputs], jax.Array], None]:
         del x_P
-        phi = evaluate_features("linear_adjoint", features, inner, x)
-        return jax.tree.map(lambda W: jnp.tensordot(phi, W, 1), W)
+        return lambda x: evaluate_features("linear_adjoint", features, inner, x), None
 
-    return Adjoint(no_state, fit, newton=newton, coefficients=lambda *system: solve(*system)[0], evaluate=evaluate)
+    return adjoint_in_span(no_state, features_on, ridge, num_steps)

@@ -9,12 +9,10 @@ import jax.numpy as jnp
 
 from funcbilevel._argmin import parametric_layer
 from funcbilevel._arguments import check_callable, check_positive
-from funcbilevel._check import warn_of_ignored
+from funcbilevel._check import leaves_seen
 from funcbilevel._described import described
-from funcbilevel._estimator import Call, Estimator, Hypergradient, InnerSolution, by_call
-from funcbilevel._fit import FitState
-from funcbilevel._linear_solvers import LinearSolver, as_linear_solver, rescaled, solve_linear
-from funcbilevel._model import Model
+from funcbilevel._estimator import Call, Estimator, Hypergradient, InnerSolution, by_call, no_state
+from funcbilevel._linear_solvers import LinearSolver, as_linear_solver, rescaled, solution_start, solve_linear
 from funcbilevel._predictor import as_parametric
 from funcbilevel._problem import (
     Problem,
@@ -25,9 +23,8 @@ from funcbilevel._problem import (
     stationarity,
 )
 from funcbilevel._prox import Prox, prox_root, reduced
-from funcbilevel._tracing import dependence
 from funcbilevel._tree import all_finite, tree_add_scaled, tree_cast, tree_norm, working_dtype
-from funcbilevel._typing import Batch, InnerParams, Key, LinearMap, Metrics, OuterParams, PyTree
+from funcbilevel._typing import Batch, InnerParams, LinearMap, Metrics, OuterParams, PyTree
 
 if TYPE_CHECKING:
     import lineax
@@ -97,11 +94,6 @@ def prox_aid(
     check_callable("prox_aid", "prox", prox, "inner_params, outer_params, step_size")
     check_positive("prox_aid", "step_size", step_size)
 
-    def init(key: Key | None, problem: Problem, model: Model | None, inner: FitState, inner_batch: Batch, /) -> PyTree:
-        del key, problem, model, inner_batch
-        dtype = working_dtype(inner.params)
-        return jax.tree.map(lambda x: jnp.zeros_like(x, dtype), inner.params) if warm_start else ()
-
     def estimate(call: Call) -> tuple[InnerSolution, Hypergradient]:
         problem, model, solve, outer_params, inner_batch, outer_batch, state, _ = call
         inner = solve(outer_params)
@@ -109,8 +101,7 @@ def prox_aid(
         value, aux, g_exp, d = outer_derivatives(problem, outer_params, theta, outer_batch)
         gradient, H = inner_derivatives(problem, outer_params, theta, inner_batch)
 
-        (seen,), _ = dependence(lambda theta: inner_value(problem, outer_params, theta, inner_batch)[0], theta)
-        warn_of_ignored("prox_aid", seen)
+        seen = leaves_seen("prox_aid", problem, outer_params, theta, inner_batch)
 
         def part(tree: PyTree) -> PyTree:  # leaves that the inner objective does not see do not move
             return jax.tree.map(lambda x, s: x if s else jnp.zeros_like(x), tree, seen)
@@ -145,7 +136,12 @@ def prox_aid(
 
         return prox_root(gradient, lambda z: prox(z, outer_params, step_size), theta, step_size, solver)
 
-    return Estimator(init, by_call(estimate), reaches=True, layer=parametric_layer(at_fixed_point))
+    return Estimator(
+        solution_start if warm_start else no_state,
+        by_call(estimate),
+        reaches=True,
+        layer=parametric_layer(at_fixed_point),
+    )
 
 
 def _active_set(prox: LinearMap, z: PyTree, error: PyTree, part: LinearMap) -> Metrics:

@@ -115,6 +115,11 @@ class PenaltyState(NamedTuple):
     opt_state: optax.OptState
 
 
+def penalty_start(optimizer: optax.GradientTransformation) -> OwnInit:
+    """y = theta."""
+    return lambda omega, theta, inner, outer: PenaltyState(theta, optimizer.init(theta))
+
+
 class LinearState(NamedTuple):
     """u ~ H^-1 d_theta F, like inner_params, and the state of its optimizer."""
 
@@ -164,8 +169,7 @@ def solver(
         inner_draws, outer_draws: how many each outer step makes.
         finite_sums: whether both sources must be `FiniteSum`s, and `init` gets both.
         guarded: the field of what the method carries that is held back where numbers are not finite; None: all of it.
-            The
-            rest has to stay finite by itself: a large memory must not be copied in every step.
+            The rest has to stay finite by itself: a large memory must not be copied in every step.
     """
     if isinstance(problem, FunctionalProblem):
         raise TypeError(

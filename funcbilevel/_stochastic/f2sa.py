@@ -17,12 +17,13 @@ from funcbilevel._stochastic._loop import (
     optimizer_of,
     optimizers,
     outer_step,
+    penalty_start,
     schedule,
     solver,
 )
 from funcbilevel._stochastic._oracles import Report, inner_gradient, inner_gradients, outer_gradients, penalty_report
 from funcbilevel._tree import tree_add_scaled
-from funcbilevel._typing import InnerParams, Key, OuterParams
+from funcbilevel._typing import Key
 
 
 @described
@@ -84,10 +85,6 @@ def f2sa(
     at = schedule("f2sa", "penalty", penalty, positive=True)
     check_number("f2sa", "inner_steps", inner_steps)
 
-    def own(omega: OuterParams, theta: InnerParams, *_: object) -> PenaltyState:
-        del omega
-        return PenaltyState(theta, for_y.init(theta))
-
     def update(state: BilevelState, draws: Draws, key: Key, /) -> tuple[BilevelState, Report]:
         del key
         omega, t = state.outer_params, state.step
@@ -113,4 +110,4 @@ def f2sa(
         return after._replace(estimator_state=PenaltyState(y, opt_state)), report
 
     draws = 2 * inner_steps + 2
-    return solver("f2sa", problem, levels, own, update, inner_draws=draws, outer_draws=inner_steps + 1)
+    return solver("f2sa", problem, levels, penalty_start(for_y), update, inner_draws=draws, outer_draws=inner_steps + 1)

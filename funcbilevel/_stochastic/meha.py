@@ -16,12 +16,13 @@ from funcbilevel._stochastic._loop import (
     optimizer_of,
     optimizers,
     outer_step,
+    penalty_start,
     schedule,
     solver,
 )
 from funcbilevel._stochastic._oracles import Report, inner_gradient, inner_gradients, outer_gradients, penalty_report
 from funcbilevel._tree import tree_add_scaled
-from funcbilevel._typing import InnerParams, Key, OuterParams
+from funcbilevel._typing import InnerParams, Key
 
 
 @described
@@ -82,10 +83,6 @@ def meha(
     at = schedule("meha", "penalty", penalty, positive=True)
     check_positive("meha", "proximal_weight", proximal_weight)
 
-    def own(omega: OuterParams, theta: InnerParams, *_: object) -> PenaltyState:
-        del omega
-        return PenaltyState(theta, proximal.init(theta))
-
     def update(state: BilevelState, draws: Draws, key: Key, /) -> tuple[BilevelState, Report]:
         del key
         omega, theta, (y, opt_state), t = state.outer_params, state.inner_params, state.estimator_state, state.step
@@ -108,4 +105,4 @@ def meha(
         after = inner_step(levels, tree_add_scaled(pulled(gradient, y), 1.0 / c, d), after)
         return after._replace(estimator_state=PenaltyState(y, opt_state)), report
 
-    return solver("meha", problem, levels, own, update, inner_draws=3, outer_draws=2)
+    return solver("meha", problem, levels, penalty_start(proximal), update, inner_draws=3, outer_draws=2)

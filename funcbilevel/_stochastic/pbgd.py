@@ -14,12 +14,13 @@ from funcbilevel._stochastic._loop import (
     optimizer_of,
     optimizers,
     outer_step,
+    penalty_start,
     schedule,
     solver,
 )
 from funcbilevel._stochastic._oracles import Report, inner_gradients, outer_gradients, penalty_report
 from funcbilevel._tree import tree_add_scaled
-from funcbilevel._typing import InnerParams, Key, OuterParams
+from funcbilevel._typing import Key
 
 
 @described
@@ -76,10 +77,6 @@ def pbgd(
     at = schedule("pbgd", "penalty", penalty, positive=True)
     check_number("pbgd", "inner_steps", inner_steps)
 
-    def own(omega: OuterParams, theta: InnerParams, *_: object) -> PenaltyState:
-        del omega
-        return PenaltyState(theta, for_y.init(theta))
-
     def update(state: BilevelState, draws: Draws, key: Key, /) -> tuple[BilevelState, Report]:
         del key
         omega, (y, opt_state), t = state.outer_params, state.estimator_state, state.step
@@ -92,4 +89,4 @@ def pbgd(
         after = outer_step(levels, report.direction, state)
         return after._replace(estimator_state=PenaltyState(y, opt_state)), report
 
-    return solver("pbgd", problem, levels, own, update, inner_draws=inner_steps + 1, outer_draws=1)
+    return solver("pbgd", problem, levels, penalty_start(for_y), update, inner_draws=inner_steps + 1, outer_draws=1)
