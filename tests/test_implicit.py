@@ -456,9 +456,10 @@ def test_sizes_and_dtypes_of_every_kind() -> None:
     layer = fb.custom_root(lambda x, omega: jax.tree.map(lambda x, s: s * x - s * omega.astype(x.dtype), x, scale))(
         lambda init, omega: jax.tree.map(lambda s: jnp.full_like(s, 1.0) * omega.astype(s.dtype), scale)
     )
-    got = jax.jacobian(layer, argnums=1)(None, jnp.float32(1.0))
-    assert jax.tree.map(lambda x: x.dtype, got) == jax.tree.map(lambda s: s.dtype, scale)
-    np.testing.assert_allclose(got["b"].astype(jnp.float32), np.ones(3), rtol=1e-2)
+    for jacobian, dtype_of in ((jax.jacfwd, lambda s: s.dtype), (jax.jacrev, lambda s: jnp.dtype(jnp.float32))):
+        got = jacobian(layer, argnums=1)(None, jnp.float32(1.0))  # JAX's dtype: the result's, and the argument's
+        assert jax.tree.map(lambda x: x.dtype, got) == jax.tree.map(dtype_of, scale)
+        np.testing.assert_allclose(got["b"].astype(jnp.float32), np.ones(3), rtol=1e-2)
 
 
 @pytest.mark.usefixtures("x64")

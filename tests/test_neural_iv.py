@@ -12,7 +12,7 @@ from sklearn.base import clone
 from sklearn.ensemble import HistGradientBoostingRegressor
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from sklearn.utils.estimator_checks import estimator_checks_generator
+from sklearn.utils import estimator_checks
 
 from funcbilevel import cli
 from funcbilevel.iv import NeuralIV, WeakInstrumentWarning, first_stage, weakness
@@ -138,11 +138,12 @@ SLOW_CHECKS = {
 def test_conventions_of_scikit_learn(names):
     one = {**TINY, "num_members": 1, "num_steps": 2, "treatment_widths": (2,), "instrument_widths": (2,)}
     done = set()
-    for estimator, check in estimator_checks_generator(Exogenous(**one)):
+    for estimator, check in estimator_checks.estimator_checks_generator(Exogenous(**one)):
         if (name := check.func.__name__) in names:
             check(estimator)
             done.add(name)
-    assert done == names
+    for name in names - done:  # those that scikit-learn runs on its own estimators alone
+        getattr(estimator_checks, name)("Exogenous", Exogenous(**one))
 
 
 @pytest.mark.parametrize(
