@@ -18,16 +18,16 @@ def tree_vdot(a: PyTree, b: PyTree) -> jax.Array:
         dtype = jnp.promote_types(jnp.result_type(x, y), jnp.float32)
         return jnp.sum(x.astype(dtype) * y.astype(dtype))
 
-    return _last(jax.lax.cumsum, jax.tree.leaves(jax.tree.map(vdot, a, b)))
+    return _last(jax.lax.cumsum, jnp.stack(jax.tree.leaves(jax.tree.map(vdot, a, b))))
 
 
-def _last(cumulative: Callable[[jax.Array], jax.Array], scalars: list[jax.Array]) -> jax.Array:
-    """The last of the cumulative sums, or maxima, of scalars.
+def _last(cumulative: Callable[[jax.Array], jax.Array], scalars: jax.Array) -> jax.Array:
+    """The last of the cumulative sums, or maxima, of a vector.
 
     A sum of as many scalars as a network has leaves, or a reduction of them, is to XLA a chain of additions, and it
     compiles a copy of a chain into everything that uses the result: three quarters of the program of a deep network.
     """
-    return cumulative(jnp.stack(scalars))[-1]
+    return cumulative(scalars)[-1]
 
 
 def moments(phi: jax.Array, t: jax.Array) -> jax.Array:
@@ -61,13 +61,16 @@ def tree_size(tree: PyTree) -> jax.Array:
     """
     dtype = working_dtype(tree)
     sizes = [jnp.max(jnp.abs(x)).astype(dtype) for x in jax.tree.leaves(tree) if x.size]
-    largest = jax.lax.stop_gradient(_last(jax.lax.cummax, sizes)) if sizes else jnp.ones((), dtype)
+    if not sizes:
+        return jnp.ones((), dtype)
     limit = 2.0 ** (int(jnp.finfo(dtype).maxexp) - 28)  # size and 1 / size are normal numbers
-    usual = jnp.isfinite(largest) & (largest > 0)
-    largest = jnp.where(usual, jnp.clip(largest, 1.0 / limit, limit), 1.0)
+    largest = jax.lax.stop_gradient(jnp.stack(sizes))
     bits, mantissa = (jnp.uint32, 23) if dtype == jnp.float32 else (jnp.uint64, 52)
-    exponent = jax.lax.bitcast_convert_type(largest, bits) >> mantissa << mantissa
-    return jax.lax.bitcast_convert_type(exponent, dtype)
+    exponent = jax.lax.bitcast_convert_type(jnp.clip(largest, 1.0 / limit, limit), bits) >> mantissa << mantissa
+    powers = jnp.where(largest > 0, jax.lax.bitcast_convert_type(exponent, dtype), 0.0)
+    # The maximum comes last, so that little is left for XLA to copy into every use; see `_last`.
+    size = _last(jax.lax.cummax, jnp.where(jnp.isfinite(largest), powers, jnp.inf))
+    return jnp.where(jnp.isfinite(size) & (size > 0), size, 1.0)
 
 
 def tree_scaled(tree: PyTree, scale: jax.Array) -> PyTree:
