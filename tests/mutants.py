@@ -368,6 +368,9 @@ def verdict(mutant: Mutant) -> tuple[str, str]:
 def main(words: list[str]) -> int:
     """Prints the table, and gives the exit code."""
     mutants = [m for m in MUTANTS if not words or any(word in m.name for word in words)]
+    if not mutants:
+        print(f"no defect's name holds any of {words}; without words all {len(MUTANTS)} are tried")
+        return 2
     with tempfile.TemporaryDirectory() as name:
         copy(Path(name))
         code, line = run(Path(name), tuple(dict.fromkeys(test for m in mutants for test in m.tests)))
