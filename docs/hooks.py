@@ -41,6 +41,27 @@ API = {
     "more": ("More", r".*"),
 }
 
+# What is not in the flat namespace: page -> (title, module, its names, and the methods that are shown of a name).
+BESIDE = {
+    "instrumental-variables": (
+        "Instrumental variables",
+        "funcbilevel.iv",
+        {
+            "NeuralIV": [
+                *("fit", "predict", "predict_interval", "average_derivatives", "partial_dependence", "score"),
+            ],
+            "Band": [],
+            "FirstStage": [],
+            "WeakInstrumentWarning": [],
+        },
+    ),
+    "benchopt": (
+        "Benchopt",
+        "funcbilevel.contrib.benchopt",
+        {"benchmark_solver": [], "benchmark_problem": []},
+    ),
+}
+
 
 def api_names() -> dict[str, list[str]]:
     """Page -> the public names on it, all of `funcbilevel.__all__` once; pages without names are left out."""
@@ -60,6 +81,13 @@ def api_pages() -> dict[str, str]:
         index.append(f"\n## [{title}]({page}.md)\n\n| Name | |\n| --- | --- |\n")
         index += [f"| [`fb.{name}`]({page}.md#funcbilevel.{name}) | {_summary(name)} |\n" for name in names]
         pages[f"api/{page}.md"] = f"# {title}\n\n" + "\n".join(f"::: funcbilevel.{name}\n" for name in names)
+    for page, (title, module, names) in BESIDE.items():
+        index.append(f"\n## [{title}]({page}.md)\n\nIn `{module}`: {', '.join(f'`{name}`' for name in names)}.\n")
+        parts = [
+            f"::: {module}.{name}\n" + f"    options:\n      members: {json.dumps(methods)}\n" * bool(methods)
+            for name, methods in names.items()
+        ]
+        pages[f"api/{page}.md"] = f"# {title}\n\n" + "\n".join(parts)
     return {"api/index.md": "".join(index)} | pages
 
 
