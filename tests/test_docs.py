@@ -88,10 +88,8 @@ def site(hooks, tmp_path_factory):
 def test_site_has_every_page(site, hooks):
     pages = [path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")]
     pages += [*hooks.api_pages(), *hooks.result_pages(), *hooks.project_pages()]
-    for page in pages:
-        stem = page.removesuffix(".md")
-        found = site / f"{stem}.html" if stem.endswith("index") else site / stem / "index.html"
-        assert found.exists() or found.with_suffix(".html").exists() or (site / f"{stem}.html").exists(), page
+    assert len(pages) > 60
+    assert not [page for page in pages if not (site / page).with_suffix(".html").exists()]
 
 
 def test_formulas_are_mathml(site):
