@@ -44,7 +44,7 @@ SLOW = {"tutorials/functional-problem.md", "howto/instrumental-variables.md", "h
 @pytest.fixture
 def ordinary_jax(tmp_path):
     """As a user has it: with NumPy's rank promotion, float32 at first, and warnings that are only warnings."""
-    with jax.numpy_rank_promotion("allow"), warnings.catch_warnings():
+    with jax.numpy_rank_promotion("allow"), warnings.catch_warnings(record=True):
         warnings.simplefilter("ignore")
         yield tmp_path
     jax.config.update("jax_enable_x64", False)
