@@ -18,8 +18,7 @@ TASKS, SAMPLES, WIDTH = 25, 10, 80
 def sinusoids(key: jax.Array) -> tuple[Any, Any]:
     a, p, x = jax.random.split(key, 3)
     amplitude, phase = jax.random.uniform(a, (TASKS, 1), minval=0.5, maxval=2.0), 3 * jax.random.uniform(p, (TASKS, 1))
-    x = jax.random.uniform(x, (2, TASKS, SAMPLES), minval=-3.0, maxval=3.0)
-    return tuple((x, amplitude * jnp.sin(x + phase)) for x in x)  # points to adapt to, and points to predict
+    return tuple((x, amplitude * jnp.sin(x + phase)) for x in 6 * jax.random.uniform(x, (2, TASKS, SAMPLES)) - 3)
 
 
 def error(theta: Any, batch: Any) -> jax.Array:
@@ -36,20 +35,19 @@ def main(num_outer_steps: int = 300) -> None:
     layer = fb.argmin(fb.ParametricProblem(adapt, lambda omega, theta, batch: 0.0), None, fb.aid(fb.cg(10)))
     optimizer = optax.adam(3e-3)
 
+    @jax.jit
+    @jax.value_and_grad
     def adapted_error(omega: Any, support: Any, query: Any) -> jax.Array:
-        descend = lambda _, t: optax.tree.add_scale(t, -0.5, jax.grad(adapt, argnums=1)(omega, t, support))  # noqa: E731
-        theta = jax.lax.fori_loop(0, 30, descend, jax.tree.map(lambda w: jnp.stack([w] * TASKS), omega))
+        descend = lambda _, t: optax.tree.add_scale(t, -0.2, jax.grad(adapt, argnums=1)(omega, t, support))  # noqa: E731
+        theta = jax.lax.fori_loop(0, 60, descend, jax.tree.map(lambda w: jnp.stack([w] * TASKS), omega))
         return error(layer(omega, theta, support), query)
 
-    value_and_gradient = jax.jit(jax.value_and_grad(adapted_error))
-    keys = jax.random.split(jax.random.key(0), num_outer_steps)
-    omega = {n: jax.random.normal(key, (WIDTH,)) / (9 if n == "v" else 1) for n, key in zip("wbv", keys)}
+    omega = dict(zip("wbv", jax.random.normal(jax.random.key(1), (3, WIDTH)) / jnp.array([[1], [1], [9]])))
     state, errors = optimizer.init(omega), []
-    for number, key in enumerate(keys, 1):
-        value, gradient = value_and_gradient(omega, *sinusoids(key))
+    for number, key in enumerate(jax.random.split(jax.random.key(0), num_outer_steps), 1):
+        value, gradient = adapted_error(omega, *sinusoids(key))
         updates, state = optimizer.update(gradient, state)
-        omega = optax.apply_updates(omega, updates)
-        errors.append(float(value))
+        omega, errors = optax.apply_updates(omega, updates), [*errors, float(value)]
         if number == 1 or number % 100 == 0:
             print(f"outer step {number}: error after adaptation {value:.2f}", flush=True)
     axes = (figure := Figure(figsize=(6, 3.3), layout="constrained")).subplots()

@@ -28,7 +28,7 @@ def draw(n: int, seed: int) -> tuple[np.ndarray, ...]:
     return price, fuel, structural(price, season) + 20.0 * demand + 5.0 * rng.normal(size=n), season
 
 
-def main(num_steps: int = 150, num_members: int = 4) -> None:
+def main(num_steps: int = 40, num_members: int = 3) -> None:
     """Prints errors to the truth, and draws the curves."""
     price, fuel, sales, season = draw(2000, seed=0)
     done = 0

@@ -40,7 +40,7 @@ def powers(x: jax.Array) -> jax.Array:
 
 
 def sample(data: Any, key: jax.Array) -> Any:
-    rows = jax.random.randint(key, (512,), 0, len(data[1]))
+    rows = jax.random.randint(key, (1024,), 0, len(data[1]))
     return jax.tree.map(lambda a: a[rows], data)
 
 
@@ -60,7 +60,7 @@ def main(num_outer_steps: int = 1500) -> None:
     outer = optax.adam(optax.cosine_decay_schedule(0.02, num_outer_steps))
     for name, (adapted, network) in runs.items():
         estimator = fb.funcid(fb.linear_adjoint(adapted(network, method="features"), ridge=1e-3))
-        model, inner = adapted(network), optax.adam(0.01)
+        model, inner = adapted(network), optax.adam(3e-3)
         solver = fb.bilevel(problem, model, estimator, inner_optimizer=inner, outer_optimizer=outer, inner_steps=10)
         state = solver.init(jax.random.key(1), jnp.zeros(4), sample(data, jax.random.key(2)))
         found[name] = fb.train(solver, state, jax.tree_util.Partial(batches, data), num_outer_steps)[0].outer_params

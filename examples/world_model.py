@@ -72,7 +72,7 @@ def main(num_outer_steps: int = 1500) -> None:
         print(f"model by {name}: mean squared error of values {of_values:.2f}, of the next state {of_states:.2f}")
         axes.plot(line, features(line) @ theta, style, label=f"in the model by {name}")
     axes.set(xlabel="first quantity of the state", ylabel="value: discounted sum of rewards")
-    figure.legend(loc="outside upper center", ncols=3)
+    figure.legend(loc="outside upper center", ncols=3, fontsize="small")
     figure.savefig("world_model.png", dpi=110)
 
 
