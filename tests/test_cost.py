@@ -43,9 +43,7 @@ def test_itd_memory_is_not_flat():  # so that the test above can fail
 
 
 def test_funcid_needs_less_memory_than_aid_and_grows_more_slowly_with_depth():
-    funcid, aid = (
-        {depth: temp_bytes(method, 5, depth) for depth in (2, 8)} for method in ("funcid-learned", "aid-cg")
-    )
+    funcid, aid = ({depth: temp_bytes(method, 5, depth) for depth in (2, 8)} for method in ("funcid-learned", "aid-cg"))
     assert all(funcid[depth] < 0.6 * aid[depth] for depth in funcid)
     assert funcid[8] - funcid[2] < 0.6 * (aid[8] - aid[2])
 
