@@ -89,7 +89,7 @@ def allowed(module: str) -> set[str]:
     if module.partition(".")[0] in ("cli", "tasks"):
         return {*tasks, "iv"}
     if module == "iv":
-        return {"", *(m for m in tasks if m.startswith("tasks._instrumental"))}
+        return {"", "tasks._experiment.install", *(m for m in tasks if m.startswith("tasks._instrumental"))}
     if module.partition(".")[0] == "contrib":
         return {""}
     if module.startswith("_estimators"):
