@@ -41,6 +41,27 @@ API = {
     "more": ("More", r".*"),
 }
 
+# What is not in the flat namespace: page -> (title, module, its names, and the methods that are shown of a name).
+BESIDE = {
+    "instrumental-variables": (
+        "Instrumental variables",
+        "funcbilevel.iv",
+        {
+            "NeuralIV": [
+                *("fit", "predict", "predict_interval", "average_derivatives", "partial_dependence", "score"),
+            ],
+            "Band": [],
+            "FirstStage": [],
+            "WeakInstrumentWarning": [],
+        },
+    ),
+    "benchopt": (
+        "Benchopt",
+        "funcbilevel.contrib.benchopt",
+        {"benchmark_solver": [], "benchmark_problem": []},
+    ),
+}
+
 
 def api_names() -> dict[str, list[str]]:
     """Page -> the public names on it, all of `funcbilevel.__all__` once; pages without names are left out."""
@@ -60,6 +81,13 @@ def api_pages() -> dict[str, str]:
         index.append(f"\n## [{title}]({page}.md)\n\n| Name | |\n| --- | --- |\n")
         index += [f"| [`fb.{name}`]({page}.md#funcbilevel.{name}) | {_summary(name)} |\n" for name in names]
         pages[f"api/{page}.md"] = f"# {title}\n\n" + "\n".join(f"::: funcbilevel.{name}\n" for name in names)
+    for page, (title, module, names) in BESIDE.items():
+        index.append(f"\n## [{title}]({page}.md)\n\nIn `{module}`: {', '.join(f'`{name}`' for name in names)}.\n")
+        parts = [
+            f"::: {module}.{name}\n" + f"    options:\n      members: {json.dumps(methods)}\n" * bool(methods)
+            for name, methods in names.items()
+        ]
+        pages[f"api/{page}.md"] = f"# {title}\n\n" + "\n".join(parts)
     return {"api/index.md": "".join(index)} | pages
 
 
@@ -104,8 +132,11 @@ def _versions(directory: Path) -> str:
 
 def _result_page(directory: Path) -> str:
     name = directory.name
-    title = TASKS[name][0] if name in TASKS else name.replace("-", " ").capitalize()
-    parts = [f"# {title}\n\n_{_count(directory)} records, made with {_versions(directory)}._\n"]
+    title = TASKS[name][0] if name in TASKS else OTHERS.get(name, name.replace("-", " ").capitalize())
+    parts = [
+        f"# {title}\n\n_{_count(directory)} records, made with {_versions(directory)}._ "
+        "[What they show and what they do not](index.md).\n"
+    ]
     parts += [_figure(path, f"{title}: figure made from the records") for path in sorted(directory.glob("*.png"))]
     texts = [re.sub(r"^# .*\n", "", path.read_text(encoding="utf-8")) for path in sorted(directory.glob("*.md"))]
     texts = [re.sub(r"!\[[^]]*\]\([^)]*\)\n*", "", text) for text in texts]  # the figures stand above
@@ -160,6 +191,19 @@ TASKS = {  # directory of records -> (title, command)
     "arm": ("A two-link arm that tracks and saves torque", "run arm"),
     "pathways": ("Attributions inside known gene pathways", "run pathways"),
 }
+OTHERS = {  # further directories of records -> title
+    "cartpole-tuned": "CartPole, tuned",
+    "cost": "What a hypergradient costs",
+    "fairness-article": "Adult, the article's settings",
+    "fairness-nba": "Accuracy and parity: NBA",
+    "fairness-published": "Adult, the public code's settings",
+    "fairness-two-followers": "Two followers: parity and odds",
+    "fairness-two-followers-race": "Two followers: sex and race",
+    "gates": "Feature gates on breast cancer",
+    "iv-10000": "dSprites, 10,000 samples",
+    "peers": "Other libraries",
+    "schooling-neural": "Returns to schooling, by networks",
+}
 
 
 def gallery_page() -> str:
@@ -169,15 +213,16 @@ def gallery_page() -> str:
         source = path.read_text(encoding="utf-8")
         title, _, about = ast.get_docstring(ast.parse(source)).partition("\n\n")
         title = " ".join(title.split()).rstrip(".")
+        about = re.sub(rf"^python examples/{path.name}.*\n*", "", about)  # the command stands below
         kept = GALLERY / f"{path.stem}.json"
         record = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {"printed": "", "seconds": None}
         figure = f"![What the example draws](gallery/{path.stem}.png)" if kept.with_suffix(".png").exists() else ""
         took = f"About {record['seconds']} s on two cores. " if record["seconds"] else ""
-        text = f"```text\n{record['printed']}\n```" if record["printed"] else ""
+        text = f"It prints:\n\n```text\n{record['printed']}\n```" if record["printed"] else ""
         code = textwrap.indent(f"```python\n{source.rstrip()}\n```", "    ")
         parts.append(
             f"### {title}\n\n{about}\n\n{figure}\n\n```bash\npython examples/{path.name}\n```\n\n"
-            f"{took}It prints:\n\n{text}\n\n"
+            f"{took}{text}\n\n"
             f'??? example "{path.name}"\n\n{code}\n'
         )
     parts.append(

@@ -1,6 +1,7 @@
 """`hypergradient_error` beside the true error: problems, estimators, accuracies of the inner level and of the solve."""
 
 import functools
+import os
 from typing import Any
 
 import jax
@@ -64,6 +65,9 @@ TABLE = {
     "ridge": ANY,
     "logistic-ridge": ANY,
 }
+PAIRS = [(name, make) for name, makes in TABLE.items() for make in makes]
+# Every second pair has each problem and each estimator; FUNCBILEVEL_ALL_PAIRS=1 runs all 46 (four minutes).
+CHOSEN = PAIRS if os.environ.get("FUNCBILEVEL_ALL_PAIRS") else PAIRS[::2]
 
 
 def estimates(case: Case, estimator: fb.Estimator) -> tuple[fb.HypergradientError, Any]:
@@ -84,14 +88,13 @@ def estimates(case: Case, estimator: fb.Estimator) -> tuple[fb.HypergradientErro
 def ratios() -> dict[tuple[str, str, float], float]:
     """The estimate over the true error, of every cell whose error is more than rounding."""
     found: dict[tuple[str, str, float], float] = {}
-    for name, makes in TABLE.items():
+    for name, make in CHOSEN:
         case = build(name)
-        for make in makes:
-            estimate, gradients = estimates(case, make(case))
-            for i, e in enumerate(INNER):
-                true = norm(minus(jax.tree.map(lambda x, i=i: x[i], gradients), case.exact.gradient))
-                if true > 1e-7 * norm(case.exact.gradient):
-                    found[name, make.__name__, e] = float(estimate.error[i]) / true
+        estimate, gradients = estimates(case, make(case))
+        for i, e in enumerate(INNER):
+            true = norm(minus(jax.tree.map(lambda x, i=i: x[i], gradients), case.exact.gradient))
+            if true > 1e-7 * norm(case.exact.gradient):
+                found[name, make.__name__, e] = float(estimate.error[i]) / true
     return found
 
 
@@ -103,7 +106,7 @@ def test_within_a_factor_of_two_almost_always_and_never_below_a_tenth(x64):
             print(cell, ratio)
     values = np.array(list(table.values()))
     print(len(values), np.mean((values >= 0.5) & (values <= 2.0)), values.min(), values.max())
-    assert len(values) >= 150
+    assert len(values) >= 3.5 * len(CHOSEN) >= 60
     assert np.mean((values >= 0.5) & (values <= 2.0)) >= 0.95
     assert values.min() >= 0.1
 

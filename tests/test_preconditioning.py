@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import funcbilevel as fb
+from funcbilevel._linear_solvers import solve_linear
 
 
 class Matrix(NamedTuple):
@@ -153,3 +154,46 @@ def test_bad_input():
         fb.cg(5, preconditioner=3.0)
     with pytest.raises(ValueError, match="preconditioner's result has shape"):
         fb.cg(5, preconditioner=lambda A, b: lambda r: r[:2]).solve(lambda t: t, jnp.ones(3), None)
+
+
+@pytest.mark.parametrize("steps", [3, 10, 30])
+@pytest.mark.parametrize("name", ["cg", "nystrom_cg", "normal_cg"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_warm_starts_over_rank_deficient_batches_stay_bounded(x64, name, steps, dtype):
+    """What one batch's solution holds in the null space of its matrix is large for the next batch's matrix."""
+    solver = {
+        "cg": fb.cg(steps),
+        "nystrom_cg": fb.nystrom_cg(steps, rank=2, damping=1e-3),
+        "normal_cg": fb.normal_cg(steps),
+    }[name]
+    rng = np.random.default_rng(0)
+    batches = jnp.asarray(rng.normal(size=(16, 4, 20)), dtype)  # matrices of rank 4 in 20 dimensions
+    sides = jnp.asarray(rng.normal(size=(16, 20)), dtype)
+
+    def sizes(warm: bool) -> Any:
+        def solve(u: Any, i: Any) -> tuple[Any, Any]:
+            X, b = batches[i % 16], sides[(7 * i) % 16]
+            u, metrics, _ = solve_linear(solver, lambda t: X.T @ (X @ t) / 4, b, u if warm else None)
+            return u, (jnp.linalg.norm(u), metrics["linear_residual"])
+
+        return jax.lax.scan(solve, jnp.zeros(20, dtype), jnp.arange(400))[1]
+
+    (cold, _), (warm, residual) = sizes(False), sizes(True)
+    assert jnp.max(warm) < 30 * jnp.max(cold)
+    assert jnp.median(warm[-16:]) < 3 * jnp.median(cold[-16:])  # nothing has grown
+    assert jnp.max(residual) <= 1.0 + 1e-5
+
+
+def test_a_warm_start_is_kept_only_where_it_is_better_than_zero():
+    A, b = jnp.diag(jnp.array([1.0, 2.0, 5.0])), jnp.ones(3)
+    exact = b / jnp.diag(A)
+
+    def residual(start: Any) -> float:
+        u, metrics, _ = solve_linear(fb.cg(1), lambda t: A @ t, b, start)
+        assert jnp.isfinite(u).all()
+        return float(metrics["linear_residual"])
+
+    cold = residual(None)
+    assert residual(1.1 * exact) < 0.2 * cold
+    for start in (5.0 * exact, -exact, jnp.full(3, jnp.nan), jnp.array([1e30, 0.0, 0.0])):
+        assert residual(start) == pytest.approx(cold, rel=1e-5)
