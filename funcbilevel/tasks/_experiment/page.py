@@ -45,10 +45,11 @@ def page(report: Report, directory: Path) -> str:
         "seeds": f"{len(seeds)}, from {seeds[0]} to {seeds[-1]}" if seeds else "none",
         "computing time": f"{sum(record['seconds'] for record in records) / 60:.1f} minutes",
     }
+    commits = {commit for record in records if (commit := record.get("commit"))}
     environment = {
         **_values(record["versions"] for record in records),
         **_values(record["machine"] for record in records),
-        "commit": ", ".join(sorted({record["commit"] for record in records if record.get("commit")})) or "not recorded",
+        "commit": ", ".join(sorted(commits)) or "not recorded",
     }
     title = html.escape(f"funcbilevel: {task}")
     body = f"""
