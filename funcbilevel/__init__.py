@@ -8,6 +8,8 @@ from funcbilevel._bilevel import hypergradient as hypergradient
 from funcbilevel._certify import CheckedEstimator as CheckedEstimator
 from funcbilevel._certify import HypergradientCheck as HypergradientCheck
 from funcbilevel._certify import check_hypergradient as check_hypergradient
+from funcbilevel._checkpoint import Checkpoint as Checkpoint
+from funcbilevel._checkpoint import CheckpointError as CheckpointError
 from funcbilevel._cost import Cost as Cost
 from funcbilevel._cost import CostTable as CostTable
 from funcbilevel._cost import compare_costs as compare_costs
@@ -81,6 +83,7 @@ from funcbilevel._prox import projection_affine as projection_affine
 from funcbilevel._prox import prox_group_lasso as prox_group_lasso
 from funcbilevel._prox import prox_l1 as prox_l1
 from funcbilevel._prox import proximal as proximal
+from funcbilevel._recovery import Rollback as Rollback
 from funcbilevel._state import state_from_arrays as state_from_arrays
 from funcbilevel._state import state_to_arrays as state_to_arrays
 from funcbilevel._stochastic.amigo import amigo as amigo
@@ -111,6 +114,8 @@ __all__ = [
     "BilevelSolver",
     "BilevelState",
     "CheckedEstimator",
+    "Checkpoint",
+    "CheckpointError",
     "Cost",
     "CostTable",
     "Diagnosis",
@@ -135,6 +140,7 @@ __all__ = [
     "ParametricProblem",
     "Partition",
     "Predictor",
+    "Rollback",
     "Sampler",
     "StopTraining",
     "aid",
