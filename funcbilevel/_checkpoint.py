@@ -393,7 +393,7 @@ def _metrics_bytes(start: int, metrics: HostMetrics) -> bytes:
 
 
 def _read_metrics(path: Path) -> tuple[int, HostMetrics]:
-    with np.load(path) as file:
+    with np.load(io.BytesIO(path.read_bytes())) as file:
         header = json.loads(str(file["header"]))
         names = enumerate(header["metrics"])
         return header["start"], {name: file[f"a{i}"].view(jnp.dtype(dtype)) for i, (name, dtype) in names}

@@ -24,7 +24,7 @@ def identity(solver: Any, state: PyTree, kind: str) -> Identity:
     """All by which `differences` tells one run from another."""
     leaves = {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]}
     found: dict[str, str] = {}
-    _collect(tuple(solver), "solver", found, {}, ours=True)
+    _collect(solver, "solver", found, {}, ours=True)
     return {
         "solver": describe(solver),
         "settings": found,
@@ -40,7 +40,9 @@ def differences(there: Identity, here: Identity) -> list[str]:
     if there["data"] != here["data"]:
         found.append(f"data was {there['data']} and is now {here['data']}")
     if there["solver"] != here["solver"]:
-        found.append(f"the solver was\n{there['solver']}\nand is now\n{here['solver']}\n")
+        was, now = (_lines(run["solver"]) for run in (there, here))
+        gone, new = ([line for line in a if line not in b] for a, b in ((was, now), (now, was)))
+        return [*found, f"the solver was made with {', '.join(gone or was)} and is now with {', '.join(new or now)}"]
     then, now = there["state"], here["state"]
     found += [f"the state had {name} {then[name]}" for name in then if name not in now]
     found += [f"the state now has {name} {now[name]}" for name in now if name not in then]
@@ -52,6 +54,10 @@ def differences(there: Identity, here: Identity) -> list[str]:
     then, now = there["start"], here["start"]
     found += [f"the run started from another {n}" for n in then if n in now and not _alike(then[n], now[n])]
     return found
+
+
+def _lines(text: str) -> list[str]:
+    return [line.strip().rstrip(",") for line in text.splitlines()]
 
 
 def _summary(leaf: Any) -> list[float] | int | None:

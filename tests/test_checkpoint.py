@@ -1,4 +1,4 @@
-"""`fb.train(..., checkpoint=...)`: bit by bit the run in one piece, whatever stops it; and what it says of bad files."""
+"""`fb.train(..., checkpoint=...)`: bit by bit the run in one piece; and what is said of bad files."""
 
 import itertools
 import json
@@ -97,7 +97,7 @@ class Seekable:
         return self._state(self.i)
 
     def set_state(self, state: Any) -> None:
-        self.i = next(i for i in range(1000) if bits(self._state(i)) == bits(state))
+        self.i = next(i for i in range(1000) if repr(self._state(i)) == repr(state))
 
 
 def bits(tree: Any) -> Any:
@@ -188,7 +188,7 @@ def test_so_it_is_with_all_kinds_of_data(name: str, tmp_path: Path, capsys: pyte
 STATES: dict[str, Callable[[int], Any]] = {
     "bytes": lambda i: b"at %d" % i,
     "nested": lambda i: {"epoch": (i // 3, [i % 3]), 7: np.arange(i % 3), "rng": 2**100 + i, "more": {"none": None}},
-    "number": lambda i: np.int64(i),
+    "number": int,
 }
 
 
@@ -361,7 +361,7 @@ def test_signals_finish_the_chunk_and_save(
         jax.debug.callback(send, step if place == "program" else -1)
         return sample(key, step)
 
-    data = (lambda: pairs()) if place == "data" else (lambda: sampler)
+    data = pairs if place == "data" else (lambda: sampler)
     callback = lambda state, _: os.kill(os.getpid(), signum) if place == "callback" and state.step == 8 else None
     handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     with pytest.raises(KeyboardInterrupt if code is None else SystemExit) as caught:
@@ -375,9 +375,8 @@ def test_signals_finish_the_chunk_and_save(
     )
     assert steps_in(tmp_path) == [done]
     assert caught.value.state.step == done
-    signum = 0  # pyright: ignore
-    monkey = (lambda: stream()) if place == "data" else (lambda: sample)
-    assert bits(train(tmp_path, monkey(), every=100)) == bits(train(data=monkey()))
+    quiet = stream if place == "data" else lambda: sample
+    assert bits(train(tmp_path, quiet(), every=100)) == bits(train(data=quiet()))
 
 
 def test_other_threads_leave_signals_alone(tmp_path: Path) -> None:
@@ -398,7 +397,7 @@ RUN = """
             yield pair
     def callback(state, metrics):
         print(int(state.step), flush=True)
-    state, metrics = train(Path(sys.argv[1]), slowly(), num_outer_steps=int(sys.argv[2]), chunk=5, every=5,
+    state, metrics = train(Path(sys.argv[1]), slowly(), num_outer_steps=int(sys.argv[2]), chunk=10, every=20,
                            callback=callback)
     np.savez(sys.argv[3], **fb.state_to_arrays(state), **{{"metric " + n: x for n, x in metrics.items()}})
 """
@@ -420,13 +419,15 @@ def test_sigkill_at_random_moments(tmp_path: Path) -> None:
     while len(reached) < kills:
         run = process(tmp_path / "killed", steps, tmp_path / "killed.npz")
         assert run.stdout is not None
-        lines = iter(run.stdout.readline, "")
-        first = int(next(lines))
-        assert not reached or first > reached[-1] - 4 * 5  # what was lost: one interval, and one that was being written
-        time.sleep(rng.uniform(0, 0.5))
-        run.send_signal(signal.SIGKILL)
-        reached.append(([first] + [int(line) for line in lines if line.endswith("\n")])[-1])
-        assert run.wait() == -signal.SIGKILL
+        with run:
+            lines = iter(run.stdout.readline, "")
+            first = int(next(lines))
+            lost = reached[-1] - (first - 10) if reached else 0
+            assert lost <= 2 * 20, "more than an interval, and one while which the last checkpoint was being written"
+            time.sleep(rng.uniform(0, 0.4))
+            run.send_signal(signal.SIGKILL)
+            reached.append(([first] + [int(line) for line in lines if line.endswith("\n")])[-1])
+        assert run.returncode == -signal.SIGKILL
         assert reached[-1] < steps, "the run was over before it was killed"
     for name in ("killed", "whole"):
         run = process(tmp_path / name, steps, tmp_path / f"{name}.npz")
@@ -564,20 +565,20 @@ def wider() -> Any:
 OTHERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "estimator": (
         other(solver=make(ESTIMATORS["aid-cg"])),
-        r"the solver was\n.*learned_adjoint[\s\S]*now\n[\s\S]*cg\(2",
+        r"the solver was made with funcid\(learned_adjoint\(adam, 2\)\) and is now with aid\(cg\(2, damping=0.1\)\)\.",
     ),
-    "optimizer": (other(solver=with_momentum()), r"inner_optimizer=adam[\s\S]*inner_optimizer=sgd"),
+    "optimizer": (other(solver=with_momentum()), r"made with inner_optimizer=adam and is now with inner_optimizer=sgd"),
     "inner steps": (
         other(solver=make(ESTIMATORS["funcid-learned"], inner_steps=3)),
-        r"inner_steps=2[\s\S]*inner_steps=3",
+        r"made with inner_steps=2 and is now with inner_steps=3",
     ),
     "learning rate": (
         other(solver=make(ESTIMATORS["funcid-learned"], rate=0.1)),
-        r"solver\S*outer_optimizer\S*learning_rate was 0.05 and is now 0.1",
+        r"solver\.init\.outer_optimizer\S*step_size was -0.05 and is now -0.1",
     ),
     "adjoint's rate": (
         other(solver=make(fb.funcid(fb.learned_adjoint(optax.adam(2e-2), 2)))),
-        r"solver\S*estimator\S*learning_rate was 0.01 and is now 0.02",
+        r"solver\.init\.estimator\S*step_size was -0.01 and is now -0.02",
     ),
     "parameters' shape": (other(solver=wider()), r"inner_params was float32\[3, 1\] and is now float32\[3, 2\]"),
     "seed": (lambda d: train(d, state=start(seed=1)), r"the run started from another inner_params; .*another key"),
@@ -604,19 +605,19 @@ def test_other_metrics_are_refused(intact: Path, tmp_path: Path) -> None:
         state, metrics = SOLVER.step(*args)
         return state, metrics | {"mine": jnp.float32(0)}
 
-    with pytest.raises(ValueError, match="metrics were .* and are now .*mine"):
+    with pytest.raises(ValueError, match=r"metrics were .* and are now .*mine"):
         train(tmp_path / "run", solver=SOLVER._replace(step=step), num_outer_steps=16)
 
 
 def test_another_kind_of_iterator_is_refused(tmp_path: Path) -> None:
     train(tmp_path, Seekable(), num_outer_steps=8)
-    with pytest.raises(ValueError, match="data must be an iterator with get_state and set_state.*got generator"):
+    with pytest.raises(ValueError, match=r"data must be an iterator with get_state and set_state.*got generator"):
         train(tmp_path, stream())
 
 
 def test_an_iterator_that_is_shorter_than_it_was_is_refused(tmp_path: Path) -> None:
     train(tmp_path, stream(), num_outer_steps=8)
-    with pytest.raises(ValueError, match="data must have the 8 pairs .* but ended after 5"):
+    with pytest.raises(ValueError, match=r"data must have the 8 pairs .* but ended after 5"):
         train(tmp_path, itertools.islice(stream(), 5))
 
 
@@ -645,7 +646,7 @@ def test_a_directory_without_permission(tmp_path: Path) -> None:
     if os.geteuid() == 0:
         pytest.skip("root may write everywhere")
     tmp_path.chmod(0o500)
-    with pytest.raises(fb.CheckpointError, match="cannot be written to .*[Pp]ermission"):
+    with pytest.raises(fb.CheckpointError, match=r"cannot be written to .*[Pp]ermission"):
         train(tmp_path)
 
 
@@ -684,6 +685,8 @@ FULL = """
     directory = Path(sys.argv[1])
     def fill(state, metrics):
         if state.step == 8:
+            while steps_in(directory) != [4]:
+                time.sleep(0.01)
             resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
     try:
         train(directory, callback=fill)
@@ -712,7 +715,7 @@ def test_a_full_disk(room: int, tmp_path: Path) -> None:
 def test_checkpoints_by_their_arguments() -> None:
     with pytest.raises(ValueError, match="Checkpoint: every must be at least 1, got 0"):
         fb.Checkpoint("x", every=0)
-    with pytest.raises(TypeError, match="Checkpoint: keep must be a Python int, got 1.5"):
+    with pytest.raises(TypeError, match=r"Checkpoint: keep must be a Python int, got 1.5"):
         fb.Checkpoint("x", keep=1.5)  # pyright: ignore
     with pytest.raises(TypeError, match="Checkpoint: directory must be a path, got int"):
         fb.Checkpoint(3)  # pyright: ignore
