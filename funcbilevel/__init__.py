@@ -62,6 +62,8 @@ from funcbilevel._linear_solvers import identity as identity
 from funcbilevel._linear_solvers import neumann as neumann
 from funcbilevel._linear_solvers import normal_cg as normal_cg
 from funcbilevel._linear_solvers import nystrom_cg as nystrom_cg
+from funcbilevel._log import log_jsonl as log_jsonl
+from funcbilevel._log import log_tensorboard as log_tensorboard
 from funcbilevel._methods import Method as Method
 from funcbilevel._methods import MethodTable as MethodTable
 from funcbilevel._methods import methods as methods
@@ -183,6 +185,8 @@ __all__ = [
     "learned_adjoint",
     "linear_adjoint",
     "linear_kernel",
+    "log_jsonl",
+    "log_tensorboard",
     "ma_soba",
     "matern_kernel",
     "measure_costs",

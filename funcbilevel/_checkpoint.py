@@ -172,6 +172,19 @@ class Store:
 
     # Reading.
 
+    def drop_last(self, count: int) -> None:
+        """Removes so many of the last checkpoints, of which the first of all is the run's start; the oldest stays."""
+        self.wait()
+        steps = self._steps()
+        newest_left = max(len(steps) - count, 0 if steps and steps[0] <= self.every else 1)
+        for step in steps[newest_left:] if self._first else ():
+            self._remove(step)
+        self._saved = max(steps[:newest_left], default=0)
+
+    def _remove(self, step: int) -> None:
+        (self._folder(step) / "commit.json").unlink()  # first: half a checkpoint is none
+        shutil.rmtree(self._folder(step), ignore_errors=True)
+
     def restore(self, like: PyTree, num_outer_steps: int) -> tuple[PyTree, HostMetrics, Position] | None:
         """The last checkpoint, on the devices of `like`; None: there is none yet."""
         if not (steps := self._steps()):
@@ -261,8 +274,7 @@ class Store:
             sums = {str(p.relative_to(folder)): [p.stat().st_size, _checksum(p)] for p in files}
             _write_json(folder / "commit.json", {"position": position, "files": sums})
             for old in self._steps()[: -self._keep]:
-                (self._folder(old) / "commit.json").unlink()  # first: half a checkpoint is none
-                shutil.rmtree(self._folder(old), ignore_errors=True)
+                self._remove(old)
         except BaseException as error:
             self._error = error
 

@@ -194,6 +194,8 @@ class Position(NamedTuple):
         pulled: pairs of batches taken from its iterator: more than `done` after a rollback.
         iterator: what `get_state` of the iterator gave then; None: it has no such method.
         rollbacks: how often it went back after NaN.
+        again: how often since it last got beyond a fault by as many steps as lie between two checkpoints.
+        fault: the step of the last fault.
         ended: whether its callback ended it.
     """
 
@@ -201,6 +203,8 @@ class Position(NamedTuple):
     pulled: int = 0
     iterator: Any = None
     rollbacks: int = 0
+    again: int = 0
+    fault: int = 0
     ended: bool = False
 
 

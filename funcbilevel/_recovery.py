@@ -18,6 +18,10 @@ from funcbilevel._typing import Batch
 class Rollback:
     """A policy of `train` for NaN: back to the last checkpoint, and on from there with smaller steps.
 
+    A last checkpoint may bear the seeds of it, numbers that are huge but finite. Where NaN comes again before the run
+    has got further than it was by `Checkpoint.every` steps, it goes back to the checkpoint before that one; the next
+    time further still; and so on, to the oldest that is kept, or to the run's start if none has been removed.
+
     Attributes:
         max_times: how often at most in a run, >= 1; after that NaN raises.
         factor: by which inner and outer steps shrink each time, in (0, 1).

@@ -231,7 +231,7 @@ class _Run:
         self.state = jax.tree.map(jnp.copy, state)
         self.history = History(num_outer_steps)
         self._place = self._start = Position() if self._feed is None else self._feed.position()
-        self._rollbacks, self._ended, self._placed = 0, False, False
+        self._counts, self._placed = {"rollbacks": 0, "again": 0, "fault": 0, "ended": False}, False
         self._prefetch = prefetch and (
             not isinstance(on_nonfinite, Rollback) or getattr(self._feed, "can_go_back", False)
         )
@@ -246,7 +246,7 @@ class _Run:
             return
         self.state, metrics, position = found
         self.history.append(metrics)
-        self._rollbacks, self._ended = position.rollbacks, position.ended
+        self._counts = {name: getattr(position, name) for name in self._counts}
         told = "" if self._feed is None or not self.goes_on else self._feed.go_to(position)
         self._place = position
         where = f"step {self.history.length} of {self._num_steps} in {self._store.directory}{told}"
@@ -256,7 +256,7 @@ class _Run:
         """Starts to write a checkpoint, if one is due or `now`."""
         done = self.history.length
         if self._store is not None and (now or self._store.steps_left(done) == self._store.every):
-            position = self._place._replace(done=done, rollbacks=self._rollbacks, ended=self._ended)
+            position = self._place._replace(done=done, **self._counts)
             self._store.save(self.state, self.history.view(), position)
 
     def stop(self, signum: int) -> None:
@@ -279,11 +279,11 @@ class _Run:
     @property
     def goes_on(self) -> bool:
         """Whether there are steps to make."""
-        return not self._ended and self.history.length < self._num_steps
+        return not self._counts["ended"] and self.history.length < self._num_steps
 
     def end(self) -> None:
         """Notes that the callback wishes no more."""
-        self._ended = True
+        self._counts["ended"] = True
 
     def _size(self, start: int) -> int:
         """Of the chunk from there: not beyond the next checkpoint."""
@@ -309,7 +309,7 @@ class _Run:
         function = _sampled_chunk if feed is None else _stacked_chunk
         solver = self._solver
         if isinstance(self._policy, Rollback):
-            solver = with_smaller_steps(solver, self._policy, self._rollbacks)
+            solver = with_smaller_steps(solver, self._policy, self._counts["rollbacks"])
         with nullcontext() if self._store is not None else _interrupts_wait():
             new_state, values = _compiled(function, solver, self._chunk)(self.state, size, source)
             if feed is not None and self._prefetch and (following := self._size(start + size)):
@@ -321,15 +321,16 @@ class _Run:
         if fault is None:
             return metrics
         message = _fault_message(self.history, fault, self.state, source, start)
-        return self._after_fault(message, metrics, source, size)
+        return self._after_fault(fault[0], message, metrics, source, size)
 
-    def _after_fault(self, message: str, metrics: HostMetrics, source: Any, size: int) -> HostMetrics | None:
+    def _after_fault(self, step: int, message: str, metrics: HostMetrics, source: Any, size: int) -> HostMetrics | None:
         """Raises, goes on or goes back, as the policy is."""
-        if isinstance(self._policy, Rollback) and self._rollbacks < self._policy.max_times:
-            self._go_back(message)
+        rollbacks = self._counts["rollbacks"]
+        if isinstance(self._policy, Rollback) and rollbacks < self._policy.max_times:
+            self._go_back(step, message)
             return None
         if self._policy != "continue":
-            after = f" It had gone back {self._rollbacks} times." if isinstance(self._policy, Rollback) else ""
+            after = f" It had gone back {rollbacks} times." if isinstance(self._policy, Rollback) else ""
             raise NonFiniteError(message + after, self.state, self.history.arrays())
         broken = broken_at_the_end(metrics)
         if np.any(broken):  # not by a batch that has passed
@@ -341,10 +342,14 @@ class _Run:
         warnings.warn(message, stacklevel=4)
         return metrics
 
-    def _go_back(self, message: str) -> None:
-        """To the last checkpoint, and on with smaller steps."""
+    def _go_back(self, step: int, message: str) -> None:
+        """To the last checkpoint, and on with smaller steps; to the one before it where that was not far enough."""
         assert self._store is not None
-        self._store.wait()
+        counts = self._counts
+        counts["again"] = 1 if step > counts["fault"] + self._store.every else counts["again"] + 1
+        counts["fault"] = step
+        counts["rollbacks"] += 1
+        self._store.drop_last(counts["again"] - 1)
         found = self._store.restore(self.state, self._num_steps)
         if found is None:
             self.state, self._placed = jax.tree.map(jnp.copy, self._given), False
@@ -356,10 +361,9 @@ class _Run:
             self._feed.go_back(position)
             position = position._replace(pulled=self._feed.pulled)
         self._place = position
-        self._rollbacks += 1
         warnings.warn(
             f"{message} The run goes back to its step {position.done}, and on from there with steps of "
-            f"{self._policy.factor**self._rollbacks:.3g} of their size (rollback {self._rollbacks} of "
+            f"{self._policy.factor ** counts['rollbacks']:.3g} of their size (rollback {counts['rollbacks']} of "
             f"{self._policy.max_times}).",
             stacklevel=5,
         )
