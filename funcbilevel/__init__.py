@@ -86,6 +86,8 @@ from funcbilevel._prox import prox_group_lasso as prox_group_lasso
 from funcbilevel._prox import prox_l1 as prox_l1
 from funcbilevel._prox import proximal as proximal
 from funcbilevel._recovery import Rollback as Rollback
+from funcbilevel._sharding import data_parallel as data_parallel
+from funcbilevel._sharding import fully_sharded as fully_sharded
 from funcbilevel._state import state_from_arrays as state_from_arrays
 from funcbilevel._state import state_to_arrays as state_to_arrays
 from funcbilevel._stochastic.amigo import amigo as amigo
@@ -159,6 +161,7 @@ __all__ = [
     "custom_fixed_point",
     "custom_root",
     "darts",
+    "data_parallel",
     "diagnose",
     "evolution_strategy",
     "f2sa",
@@ -170,6 +173,7 @@ __all__ = [
     "from_linen",
     "from_nnx",
     "fsla",
+    "fully_sharded",
     "funcid",
     "gaussian_kernel",
     "gmres",

@@ -216,8 +216,17 @@ class Feed:
         can_go_back: whether the iterator has `get_state` and `set_state`.
     """
 
-    def __init__(self, batches: Iterator[Any], data: Any, form: Form, seeds: tuple[int, ...], chunk: int) -> None:
+    def __init__(
+        self,
+        batches: Iterator[Any],
+        data: Any,
+        form: Form,
+        seeds: tuple[int, ...],
+        chunk: int,
+        put: Callable[[Pair], Pair] | None = None,
+    ) -> None:
         self._batches: Any = batches
+        self._put = put
         self._data, self._form, self._seeds, self._chunk = data, form, seeds, chunk
         self._kind: _Kind | None = None
         self._ahead: tuple[Pair | None, int, Any] | BaseException | None = None
@@ -290,7 +299,8 @@ class Feed:
         if kind is None or not taken:
             return None, 0, self._state()
         rows += [rows[-1]] * (self._chunk - taken)  # padded, so that a short chunk needs no other program
-        return jax.tree.unflatten(kind.structure, [stack_leaf(column) for column in zip(*rows)]), taken, self._state()
+        stacked = jax.tree.unflatten(kind.structure, [stack_leaf(column) for column in zip(*rows)])
+        return (stacked if self._put is None else self._put(stacked)), taken, self._state()
 
 
 class _Kind:

@@ -227,7 +227,8 @@ class _Run:
         if batches is not None and not state.batch_form:
             check_not_itself_a_pair(solver.step, state, data)
         form, seeds = state.batch_form, state.step.shape
-        self._feed = None if batches is None else Feed(batches, data, form, seeds, self._chunk)
+        put = getattr(solver.init, "put_stacked", None)  # of a solver on a mesh
+        self._feed = None if batches is None else Feed(batches, data, form, seeds, self._chunk, put)
         self.state = jax.tree.map(jnp.copy, state)
         self.history = History(num_outer_steps)
         self._place = self._start = Position() if self._feed is None else self._feed.position()
