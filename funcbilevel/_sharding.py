@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from funcbilevel._bilevel import BilevelSolver
 from funcbilevel._draws import FiniteSum, Minibatches, Sampler, run_steps
+from funcbilevel._state import is_key
 from funcbilevel._tree import at_path
 from funcbilevel._typing import Batch, PyTree
 
@@ -98,7 +99,7 @@ def fully_sharded(solver: BilevelSolver, mesh: Mesh, *, axis: str = "data") -> B
 
     def spec(x: Any) -> P:
         divisible = [(n, -i) for i, n in enumerate(np.shape(x)) if n and n % size == 0]
-        if not divisible or jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+        if not divisible or is_key(x):
             return P()
         longest = -max(divisible)[1]
         return P(*[None] * longest, axis)
