@@ -4,7 +4,7 @@ import copy
 import itertools
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from types import MethodType
 from typing import Any, NamedTuple, TypeAlias
@@ -228,7 +228,8 @@ class Feed:
         self._batches: Any = batches
         self._put = put
         self._data, self._form, self._seeds, self._chunk = data, form, seeds, chunk
-        self._kind: _Kind | None = None
+        self._expected: Signature | None = None  # of a pair
+        self._structure: Any = None  # of a chunk of them
         self._ahead: tuple[Pair | None, int, Any] | BaseException | None = None
         self.pulled = 0
         self.can_go_back = all(callable(getattr(batches, name, None)) for name in ("get_state", "set_state"))
@@ -284,41 +285,37 @@ class Feed:
             self._ahead = error
 
     def _pull(self, size: int, step: int) -> tuple[Pair | None, int, Any]:
-        """Leaf by leaf in lists, so that the tree is put together once a chunk."""
-        rows: list[list[Any]] = []
-        kind = self._kind
-        for pair in map(read_pair, itertools.islice(self._batches, size)):
-            leaves, structure = jax.tree.flatten(pair)
-            if kind is None:
-                check_form(self._form, pair, self._seeds, self._data)
-                kind = self._kind = _Kind(leaves, structure)
-            elif not kind.fits(leaves, structure):
-                check_alike(signature(pair), kind.signature, step + len(rows))
-            rows.append(leaves)
-        taken = len(rows)
-        if kind is None or not taken:
+        """Looks at all pairs of a chunk together, and at each alone only where they are not all just alike."""
+        pairs = [p if type(p) is tuple and len(p) == 2 else read_pair(p) for p in itertools.islice(self._batches, size)]
+        taken = len(pairs)
+        if not taken:
             return None, 0, self._state()
-        rows += [rows[-1]] * (self._chunk - taken)  # padded, so that a short chunk needs no other program
-        stacked = jax.tree.unflatten(kind.structure, [stack_leaf(column) for column in zip(*rows)])
+        if self._expected is None:
+            check_form(self._form, pairs[0], self._seeds, self._data)
+            self._expected = signature(pairs[0])
+            self._structure = jax.tree.structure(pairs[:1] * self._chunk)
+        pairs += pairs[-1:] * (self._chunk - taken)  # padded, so that a short chunk needs no other program
+        leaves, structure = jax.tree.flatten(pairs)
+        columns = [leaves[i :: len(leaves) // len(pairs)] for i in range(len(leaves) // len(pairs))]
+        one, shapes = self._expected
+        if structure != self._structure or not all(map(_all_alike, columns, shapes)):
+            for i, pair in enumerate(pairs[:taken]):
+                check_alike(signature(pair), self._expected, step + i)
+        stacked = jax.tree.unflatten(one, [stack_leaf(column) for column in columns])
         return (stacked if self._put is None else self._put(stacked)), taken, self._state()
 
 
-class _Kind:
-    """What the first pair looked like."""
-
-    def __init__(self, leaves: list[Any], structure: Any) -> None:
-        self.structure = structure
-        self.signature: Signature = structure, tuple((np.shape(leaf), _dtype(leaf)) for leaf in leaves)
-        self._leaves = [(type(x), getattr(x, "shape", None), getattr(x, "dtype", None)) for x in leaves]
-
-    def fits(self, leaves: list[Any], structure: Any) -> bool:
-        """Whether a pair is just like it. If not, it may still be so for JAX, which takes a longer look."""
-        if structure != self.structure:
-            return False
-        for leaf, (cls, shape, dtype) in zip(leaves, self._leaves):
-            if type(leaf) is not cls or (shape is not None and (leaf.shape != shape or leaf.dtype != dtype)):
-                return False
-        return True
+def _all_alike(column: list[Any], expected: tuple[tuple[int, ...], Any]) -> bool:
+    """Whether leaves are of one type, with the shape that is expected, and a dtype that comes to what is expected."""
+    if len(set(map(type, column))) > 1:
+        return False
+    if not isinstance(column[0], (np.ndarray, jax.Array)):
+        return (np.shape(column[0]), _dtype(column[0])) == expected and np.isscalar(column[0])
+    return (
+        {x.shape for x in column} == {expected[0]}
+        and len({x.dtype for x in column}) == 1
+        and (_dtype(column[0]) == expected[1])
+    )
 
 
 # Batches of several steps in one array.
@@ -326,11 +323,13 @@ class _Kind:
 _AT_ONCE = 32  # XLA takes long to compile a stack of a thousand arrays
 
 
-def stack_leaf(leaves: tuple[Any, ...]) -> Any:
+def stack_leaf(leaves: Sequence[Any]) -> Any:
     """One leaf of several steps, which become its leading axis: NumPy's on the host, others where and how they are."""
+    if set(map(type, leaves)) == {np.ndarray}:
+        return _stack_on_host(leaves)
     sharding = next((leaf.sharding for leaf in leaves if isinstance(leaf, jax.Array)), None)
     if sharding is None:
-        return _stack_on_host(leaves)
+        return np.stack(leaves)
     arrays = [_beside(leaf, sharding) for leaf in leaves]
     stack, concatenate = _stacking(_steps_in_front(sharding))
     if len(arrays) <= _AT_ONCE:
@@ -338,12 +337,11 @@ def stack_leaf(leaves: tuple[Any, ...]) -> Any:
     return concatenate([stack(arrays[i : i + _AT_ONCE]) for i in range(0, len(arrays), _AT_ONCE)])
 
 
-def _stack_on_host(leaves: tuple[Any, ...]) -> np.ndarray[Any, Any]:
+def _stack_on_host(leaves: Sequence[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
     """`np.stack`, which looks at every array, in one copy of those that have a first axis."""
-    first = leaves[0]
-    if not isinstance(first, np.ndarray) or first.ndim == 0 or any(leaf.dtype != first.dtype for leaf in leaves):
+    if leaves[0].ndim == 0:
         return np.stack(leaves)
-    return np.concatenate(leaves).reshape(len(leaves), *first.shape)
+    return np.concatenate(leaves).reshape(len(leaves), *leaves[0].shape)
 
 
 def _beside(leaf: Any, sharding: Sharding) -> jax.Array:
