@@ -50,7 +50,8 @@ def log_jsonl(path: str | os.PathLike[str], every: int = 1) -> Log:
         >>> path = tempfile.mkdtemp() + "/metrics.jsonl"
         >>> _ = fb.train(solver, start, lambda key, step: ((), ()), 30, callback=fb.log_jsonl(path, every=10))
         >>> import json
-        >>> [json.loads(line)["step"] for line in open(path)]
+        >>> with open(path) as file:
+        ...     [json.loads(line)["step"] for line in file]
         [0, 10, 20]
     """
     check_number("log_jsonl", "every", every)
