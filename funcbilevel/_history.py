@@ -10,8 +10,13 @@ import numpy as np
 HostMetrics: TypeAlias = dict[str, np.ndarray[Any, Any]]
 
 
+_AT_FIRST = 2**20
+
+
 class History:
-    """Metrics of the steps so far, in arrays that double until they hold `limit` steps.
+    """Metrics of the steps so far, in arrays for a million, which double from there until they hold `limit` steps.
+
+    Memory that has not been written to yet costs nothing.
 
     They are copies: an array that came from a device would keep its buffer there alive.
     """
@@ -30,7 +35,9 @@ class History:
         for name, values in metrics.items():
             array = self._arrays.get(name)
             if array is None or len(array) < end:
-                grown = np.empty((min(self._limit, max(2 * self.length, end)), *values.shape[1:]), values.dtype)
+                grown = np.empty(
+                    (min(self._limit, max(2 * self.length, end, _AT_FIRST)), *values.shape[1:]), values.dtype
+                )
                 if array is not None:
                     grown[: self.length] = array[: self.length]
                 self._arrays[name] = array = grown

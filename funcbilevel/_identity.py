@@ -22,6 +22,7 @@ _LARGE = 10**7  # arrays of more elements, that a function closes over, are not 
 
 def identity(solver: Any, state: PyTree, kind: str) -> Identity:
     """All by which `differences` tells one run from another."""
+    solver = getattr(solver.init, "unplaced", solver)  # on however many devices
     leaves = {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]}
     found: dict[str, str] = {}
     _collect(solver, "solver", found, {}, ours=True)

@@ -119,7 +119,7 @@ def refreshed(solver: BilevelSolver, state: BilevelState, inner_batch: Batch, br
     try:
         with warnings.catch_warnings(action="ignore"):  # said when the run began
             return _refresh(solver)(state, inner_batch, jnp.asarray(broken))
-    except (TypeError, ValueError):
+    except Exception:  # whatever the user's model or init raise where they are called again
         return None
 
 

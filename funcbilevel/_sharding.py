@@ -181,5 +181,5 @@ def _on_mesh(
 
     made: Any = BilevelSolver(init, step, run)
     made.init.description = f"{name}({solver!r})"
-    made.init.put_stacked = put_stacked  # for `train`
+    made.init.put_stacked, made.init.unplaced = put_stacked, solver  # for `train` and its checkpoints
     return made

@@ -410,6 +410,20 @@ def process(*arguments: Any, code: str = RUN) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
 
 
+def test_exit_codes(tmp_path: Path) -> None:
+    """Of processes that are told to end; each says how to go on."""
+    runs = {s: process(tmp_path / s.name, 10**6, tmp_path / "no.npz") for s in (signal.SIGTERM, signal.SIGINT)}
+    for signum, run in runs.items():
+        assert run.stdout is not None
+        with run:
+            assert int(run.stdout.readline()) == 10
+            run.send_signal(signum)
+            _, err = run.communicate()
+        assert run.returncode in (128 + signum, -signum if signum == signal.SIGINT else 143)  # a shell shows 130
+        assert f"train: stopped by {signum.name} after" in err
+        assert len(steps_in(tmp_path / signum.name)) >= 1
+
+
 def test_sigkill_at_random_moments(tmp_path: Path) -> None:
     """By hand with FUNCBILEVEL_KILLS=22: as many kills of one run, each at a random moment after its first chunk."""
     kills = int(os.environ.get("FUNCBILEVEL_KILLS", "2"))
@@ -436,6 +450,39 @@ def test_sigkill_at_random_moments(tmp_path: Path) -> None:
     killed, whole = (dict(np.load(tmp_path / f"{name}.npz")) for name in ("killed", "whole"))
     assert bits(killed) == bits(whole)
     assert len(killed["metric outer_objective"]) == steps
+
+
+SOAK = """
+    import sys
+    sys.path.insert(0, {tests!r})
+    from test_checkpoint import *
+    import logging, psutil
+    logging.basicConfig(stream=sys.stdout, format="%(message)s")
+    steps = int(sys.argv[2])
+    used = []
+    log = fb.log_jsonl(Path(sys.argv[1]) / "metrics.jsonl", every=100)
+    def callback(state, metrics):
+        log(state, metrics)
+        if state.step == 2000:
+            jax.config.update("jax_log_compiles", True)
+        if state.step % 1000 == 0:
+            used.append(psutil.Process().memory_info().rss)
+    directory = Path(sys.argv[1]) / "c"
+    _, metrics = train(directory, num_outer_steps=steps, chunk=100, every=500, callback=callback)
+    print("memory", used[len(used) // 5], max(used), sum(x.nbytes for x in metrics.values()))
+"""
+
+
+@pytest.mark.slow
+def test_soak(tmp_path: Path) -> None:
+    """Memory stays flat, but for the metrics, and nothing is compiled again. FUNCBILEVEL_SOAK: how many steps."""
+    pytest.importorskip("psutil")
+    run = process(tmp_path, os.environ.get("FUNCBILEVEL_SOAK", "10000"), code=SOAK)
+    out, err = run.communicate()
+    assert run.returncode == 0, err
+    assert "Compiling" not in out + err
+    first, last, metrics = map(int, out.split("memory")[1].split())
+    assert last - metrics <= 1.02 * first, (first, last, metrics)
 
 
 # Files that are not as they should be.

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import shutil
 from typing import Any
 
 import jax
@@ -148,6 +149,22 @@ def test_training_on_a_mesh(name: str, kind: str, tmp_path: Any, caplog: pytest.
     assert_placed_alike(again, state)
     for a, b in zip(jax.tree.leaves(again.outer_params), jax.tree.leaves(state.outer_params)):
         np.testing.assert_array_equal(a, b)
+
+
+def test_a_checkpoint_of_eight_devices_goes_on_on_four_and_on_one(tmp_path: Any) -> None:
+    """Whichever way the solver was divided."""
+    one = make(ESTIMATORS["funcid-linear"], None)
+    expected, _ = fb.train(one, start(one), sample, 8, chunk=4, progress=False)
+    wide = fb.fully_sharded(one, mesh())
+    fb.train(wide, start(wide), sample, 4, chunk=4, progress=False, checkpoint=fb.Checkpoint(tmp_path / "8"))
+    others = {"4": fb.fully_sharded(one, mesh(4)), "copied": fb.data_parallel(one, mesh(4)), "1": one}
+    for name, solver in others.items():
+        shutil.copytree(tmp_path / "8", tmp_path / name)
+        checkpoint = fb.Checkpoint(tmp_path / name)
+        state, _ = fb.train(solver, start(solver), sample, 8, chunk=4, progress=False, checkpoint=checkpoint)
+        assert state.step == 8
+        assert_placed_alike(state, start(solver))
+        assert_close(state.outer_params, expected.outer_params, atol=1e-6)
 
 
 def test_batches_of_an_iterator_are_put_where_they_belong() -> None:
