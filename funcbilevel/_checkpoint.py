@@ -33,6 +33,7 @@ from funcbilevel._state import is_key, leaf_name, stored_dtype, with_kind_of
 from funcbilevel._typing import PyTree
 
 _FORMAT = 1
+_IN_USE: set[Path] = set()
 
 
 class CheckpointError(Exception):
@@ -83,7 +84,7 @@ class Store:
     """The checkpoints of one run, while it goes on."""
 
     def __init__(self, checkpoint: Checkpoint, run: Identity) -> None:
-        self.directory = Path(checkpoint.directory).expanduser().absolute()
+        self.directory = Path(checkpoint.directory).expanduser().resolve()
         self.every = checkpoint.every
         self._keep = checkpoint.keep
         self._first = jax.process_index() == 0
@@ -102,6 +103,8 @@ class Store:
 
     def _open(self) -> int | None:
         """Makes the directory, and locks it: the lock ends with the process, however that ends."""
+        if self.directory in _IN_USE:  # by this process, for which its own locks are none
+            raise self._busy()
         try:
             (self.directory / "metrics").mkdir(parents=True, exist_ok=True)
             lock = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT)
@@ -114,21 +117,26 @@ class Store:
         try:
             import fcntl  # noqa: PLC0415 (not there on Windows)
 
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which workers that are forked do not inherit
+        except (BlockingIOError, PermissionError) as error:
             os.close(lock)
-            raise CheckpointError(
-                f"train: another run is writing its checkpoints to {self.directory}; wait for it, or choose another "
-                "directory."
-            ) from error
+            raise self._busy() from error
         except (ImportError, OSError):  # a file system without locks
             pass
+        _IN_USE.add(self.directory)
         return lock
+
+    def _busy(self) -> CheckpointError:
+        return CheckpointError(
+            f"train: another run is writing its checkpoints to {self.directory}; wait for it, or choose another "
+            "directory."
+        )
 
     def _release(self) -> None:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+            _IN_USE.discard(self.directory)
 
     def _recognise(self, run: Identity) -> None:
         """That the directory is new, or holds this run; what a killed process left half-written is removed."""

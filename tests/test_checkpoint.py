@@ -417,6 +417,8 @@ def test_exit_codes(tmp_path: Path) -> None:
         assert run.stdout is not None
         with run:
             assert int(run.stdout.readline()) == 10
+            with pytest.raises(fb.CheckpointError, match="another run is writing its checkpoints to"):
+                train(tmp_path / signum.name)
             run.send_signal(signum)
             _, err = run.communicate()
         assert run.returncode in (128 + signum, -signum if signum == signal.SIGINT else 143)  # a shell shows 130
