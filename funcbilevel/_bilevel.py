@@ -177,12 +177,16 @@ class Setup(NamedTuple):
     Attributes:
         problem, model, estimator: as given.
         seen: `(outer_params, outer_model_state, inner_batch, key)` -> what the objectives get for omega, and more.
+        step: the solver's own, by which it is told from one that was wrapped.
+        scaled: scale -> the same solver, with the updates of both optimizers multiplied by it.
     """
 
     problem: Problem
     model: Model | None
     estimator: Estimator
     seen: Callable[[OuterParams, ModelState, Batch, Key], tuple[PyTree, ModelState, Any]]
+    step: Callable[..., Any]
+    scaled: Callable[[float], "BilevelSolver"]
 
 
 class _Init(Protocol):
@@ -484,12 +488,41 @@ def bilevel(
     ) -> tuple[BilevelState, Metrics]:
         return run_steps(step, state, inner_batches, outer_batches, num_steps)
 
+    def scaled(scale: float) -> BilevelSolver:
+        return bilevel(
+            problem,
+            model,
+            estimator,
+            inner_optimizer=_times(inner_optimizer, scale),
+            outer_optimizer=_times(outer_optimizer, scale),
+            inner_steps=inner_steps,
+            inner_init=inner_init,
+            outer_model=outer_model,
+            outer_inputs=outer_inputs,
+        )
+
     solver: Any = BilevelSolver(init, step, run)
-    solver.init.setup = Setup(problem, model, estimator, seen)  # for `diagnose`, as its description is for `repr`
+    # For `diagnose` and `Rollback`, as its description is for `repr`.
+    solver.init.setup = Setup(problem, model, estimator, seen, step, scaled)
     return solver
 
 
 _DRAW_STREAM, _INIT_STREAM = 0xD7A, 0x1217  # keep these keys apart from those of the inner steps
+
+
+def _times(optimizer: optax.GradientTransformation, scale: float) -> optax.GradientTransformation:
+    """The optimizer with its updates multiplied by `scale`, and the same state and signature."""
+
+    def update(*args: Any, **kwargs: Any) -> Any:
+        updates, state = optimizer.update(*args, **kwargs)
+        return jax.tree.map(lambda x: jnp.asarray(scale, x.dtype) * x, updates), state
+
+    signature = signature_of(optimizer.update)
+    if signature is not None:
+        update.__signature__ = signature  # pyright: ignore[reportFunctionMemberAccess]
+    takes_more = isinstance(optimizer, optax.GradientTransformationExtraArgs)
+    kind = optax.GradientTransformationExtraArgs if takes_more else optax.GradientTransformation
+    return kind(optimizer.init, update)
 
 
 def _takes_outer_params(optimizer: optax.GradientTransformation | None) -> bool:

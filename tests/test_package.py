@@ -45,7 +45,10 @@ LAYERS = [
     {"_variable_projection", "_precision"},
     {"_kernel_model"},
 ]
-LOOP = {"_bilevel", "_certify", "_cost", "_diagnose", "_error", "_followers", "_train", "_data", "_history", "_state"}
+LOOP = {
+    *("_bilevel", "_certify", "_cost", "_diagnose", "_error", "_followers", "_train", "_data", "_history", "_state"),
+    *("_checkpoint", "_identity", "_recovery", "_log", "_sharding"),
+}
 SHARED = {m for m in SHORT if m.startswith("_estimators._")}  # what several estimators are made of
 STOCHASTIC = {m for m in SHORT if m.startswith("_stochastic._")}  # what several stochastic methods are made of
 SCRIPTS = sorted(path for folder in ("benchmarks", "examples") for path in (ROOT / folder).rglob("*.py"))
