@@ -379,6 +379,23 @@ def test_signals_finish_the_chunk_and_save(
     assert bits(train(tmp_path, quiet(), every=100)) == bits(train(data=quiet()))
 
 
+def test_a_signal_after_the_last_chunk_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from funcbilevel import _checkpoint
+
+    waits = _checkpoint.Store.wait
+
+    def wait(store: Any) -> None:
+        if store._saved == STEPS:
+            os.kill(os.getpid(), signal.SIGTERM)
+            monkeypatch.setattr(_checkpoint.Store, "wait", waits)
+        waits(store)
+
+    monkeypatch.setattr(_checkpoint.Store, "wait", wait)
+    with pytest.raises(SystemExit, match="143"):
+        train(tmp_path)
+    assert bits(train(tmp_path)) == bits(train())
+
+
 def test_other_threads_leave_signals_alone(tmp_path: Path) -> None:
     results: list[Any] = []
     thread = threading.Thread(target=lambda: results.append(train(tmp_path)))
