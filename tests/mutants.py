@@ -354,7 +354,7 @@ MUTANTS = [
         "_train.py",
         'self._store.drop_last(counts["again"] - 1)',
         "self._store.drop_last(0)",
-        ("test_train_recovery.py::test_other_solvers_are_made_by_the_user",),
+        ("test_train_recovery.py::test_a_checkpoint_that_bears_the_seeds_of_nan_is_left_behind",),
     ),
     Mutant(
         "continue: moments that broke the run are kept",
