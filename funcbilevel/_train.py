@@ -162,6 +162,7 @@ def train(
     if callback is not None:
         check_callable("train", "callback", callback, "state, metrics")
     run = _Run(solver, state, data, num_outer_steps, chunk, on_nonfinite, checkpoint, prefetch)
+    del state  # the run has its own; where nobody else holds the given one, its memory is free
     try:
         with (
             _Signals(checkpoint is not None) as signals,
@@ -179,6 +180,8 @@ def train(
                 if signals:
                     run.stop(signals[0])
             run.close()
+            if signals:  # that came while the last checkpoint was written
+                run.stop(signals[0])
     except BaseException as error:
         _hand_over(error, run.state, run.history)
         try:
@@ -221,7 +224,8 @@ class _Run:
         checkpoint: Checkpoint | None,
         prefetch: bool,
     ) -> None:
-        self._solver, self._given, self._data, self._policy = solver, state, data, on_nonfinite
+        self._solver, self._data, self._policy = solver, data, on_nonfinite
+        self._given = state if isinstance(on_nonfinite, Rollback) else None
         self._num_steps, self._chunk = num_outer_steps, min(chunk, num_outer_steps)
         self._sampler, batches = read_data(data)
         if batches is not None and not state.batch_form:

@@ -49,6 +49,9 @@ ESTIMATORS = {
     "penalty-value": fb.value_penalty(optax.sgd(0.1), 2, 10.0),
     "penalty-gradient": fb.gradient_penalty(optax.sgd(1e-3), 2, 10.0),
     "darts": fb.darts(0.1),
+    "prox-aid": fb.prox_aid(fb.cg(2, damping=0.1), lambda theta, omega, step_size: theta),
+    "pzobo": fb.pzobo(2, 2, 0.1),
+    "evolution-strategy": fb.evolution_strategy(2, 2, 0.1),
 }
 
 
@@ -153,6 +156,21 @@ def test_a_run_in_pieces_is_the_run_in_one(name: str, tmp_path: Path) -> None:
         train(tmp_path, solver=solver, callback=killed_at(8))
     assert steps_in(tmp_path) == [4]
     assert bits(train(tmp_path, solver=solver)) == bits(whole)
+
+
+def test_a_stochastic_method_in_pieces(tmp_path: Path) -> None:
+    """With a memory of all terms of a finite sum."""
+    problem = fb.ParametricProblem(
+        lambda w, u, b: jnp.mean((b[0] @ u - w * b[1]) ** 2), lambda w, u, b: jnp.mean((b[0] @ u - b[1]) ** 2) + w**2
+    )
+    solver = fb.saba(problem, inner_optimizer=0.1, linear_optimizer=0.1, outer_optimizer=0.1)
+    source = fb.finite_sum((next(stream())[0][0], jnp.ones((N, 1))), 2)
+    state = solver.init(jax.random.key(0), jnp.zeros(()), source, jnp.zeros((3, 1)), source)
+    data = jax.tree_util.Partial(lambda source, key, step: (source, source), source)
+    whole = train(data=data, solver=solver, state=state)
+    with pytest.raises(Killed):
+        train(tmp_path, data, solver=solver, state=state, callback=killed_at(8))
+    assert bits(train(tmp_path, data, solver=solver, state=state)) == bits(whole)
 
 
 def sources() -> dict[str, Any]:
@@ -377,6 +395,23 @@ def test_signals_finish_the_chunk_and_save(
     assert caught.value.state.step == done
     quiet = stream if place == "data" else lambda: sample
     assert bits(train(tmp_path, quiet(), every=100)) == bits(train(data=quiet()))
+
+
+def test_a_signal_after_the_last_chunk_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from funcbilevel import _checkpoint
+
+    waits = _checkpoint.Store.wait
+
+    def wait(store: Any) -> None:
+        if store._saved == STEPS:
+            os.kill(os.getpid(), signal.SIGTERM)
+            monkeypatch.setattr(_checkpoint.Store, "wait", waits)
+        waits(store)
+
+    monkeypatch.setattr(_checkpoint.Store, "wait", wait)
+    with pytest.raises(SystemExit, match="143"):
+        train(tmp_path)
+    assert bits(train(tmp_path)) == bits(train())
 
 
 def test_other_threads_leave_signals_alone(tmp_path: Path) -> None:

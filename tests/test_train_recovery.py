@@ -147,6 +147,25 @@ def test_a_diverging_inner_level_is_mended_too(tmp_path: Path) -> None:
     np.testing.assert_allclose(state.inner_params, state.outer_params, atol=1e-2)
 
 
+def test_a_checkpoint_that_bears_the_seeds_of_nan_is_left_behind(tmp_path: Path) -> None:
+    """After one step cosh overflows at whatever is done next: only the start is good."""
+    solver = make(outer_rate=0.3)
+    with pytest.warns(UserWarning, match="goes back") as told:
+        _, metrics = fb.train(
+            solver,
+            start(solver),
+            sample,
+            40,
+            chunk=1,
+            progress=False,
+            on_nonfinite=fb.Rollback(12),
+            checkpoint=fb.Checkpoint(tmp_path, every=1, keep=10),
+        )
+    assert "goes back to its step 1, and" in str(told[0].message)
+    assert "goes back to its step 0, and" in str(told[1].message)
+    assert metrics["outer_objective"][-1] < metrics["outer_objective"][0]
+
+
 def test_it_goes_back_no_more_than_it_may(tmp_path: Path) -> None:
     with (
         warnings.catch_warnings(action="ignore"),
