@@ -65,8 +65,9 @@ def cg(
 
     Where the curvature along a step's direction is negative, or zero to rounding, there is nothing to minimise, and the
     solver stops. Then, and where its last iterate is worse than zero, as on batches of fewer samples than parameters,
-    it gives the average of its iterates that has the smallest residual: `linear_residual` is at most 1, and
-    `linear_converged` in the metrics is false.
+    it gives the solution of a damped system, without more products: the damping is a quarter of the curvature along the
+    right-hand side (with a warm start, along its residual), and `linear_residual` is at most 1, `linear_converged` in
+    the metrics false.
 
     Arguments:
         num_steps: largest number of steps K >= 1.
@@ -480,7 +481,7 @@ class CGState(NamedTuple):
         p: the next direction.
         rr: <r, r>.
         rz: <r, z>, z the preconditioned residual.
-        smooth, s: an average of the solutions so far, zero included, and its residual, no larger than any of theirs.
+        damped: the same for a damped matrix.
         largest: the largest curvature <p, A p> / <p, p> along a direction so far.
         positive: whether the last direction's was positive; if not, its step was not made.
     """
@@ -491,10 +492,41 @@ class CGState(NamedTuple):
     p: PyTree
     rr: jax.Array
     rz: jax.Array
-    smooth: PyTree
-    s: PyTree
+    damped: Damped
     largest: jax.Array
     positive: jax.Array
+
+
+class Damped(NamedTuple):
+    """Conjugate gradients for A + sigma P from the same start, out of the same products; P is 1 / the preconditioner.
+
+    Attributes:
+        e: the solution less the start.
+        p: the next direction.
+        Pe, Pp: P times these; None without a preconditioner.
+        scale: its residual over that of the undamped system, r.
+        ratio: of the last two scales.
+        sigma: the damping; 0 until the first step has chosen it.
+        alpha, beta: the last step's, of the undamped system.
+        r0: the start's residual; None for b.
+        kept: whether the start was, and not zero in its place.
+    """
+
+    e: PyTree
+    p: PyTree
+    Pe: PyTree
+    Pp: PyTree
+    scale: jax.Array
+    ratio: jax.Array
+    sigma: jax.Array
+    alpha: jax.Array
+    beta: jax.Array
+    r0: PyTree
+    kept: jax.Array
+
+
+_DAMPING = 0.25
+"""sigma over the curvature along the first residual."""
 
 
 def conjugate_gradients(
@@ -510,11 +542,13 @@ def conjugate_gradients(
 
     It also stops at a direction of negative curvature, or of one that is rounding error beside the largest so far (to
     the power of `power`, for an A that is one of a matrix): there A is not positive definite, and what the last
-    iterates minimise has no minimum. Then, and where the last residual is larger than |b|, the answer is the average of
-    the iterates by minimal residual smoothing (Zhou and Walker, SIAM J. Sci. Comput. 1994), which MINRES would give:
-    its residual falls in every step, and never exceeds that of zero or of the start. So it is where A is singular and b
-    not in its range, as for the Hessian of a batch with fewer samples than parameters: the iterates themselves grow
-    without limit.
+    iterates minimise has no minimum. Then, and where the last residual is larger than |b|, as for the Hessian of a
+    batch with fewer samples than parameters, whose range b is not in, the iterates grow without limit. The answer is
+    then that of the damped system (A + sigma) u = b, with sigma a quarter of the curvature along the first residual; a
+    system that differs by a multiple of the identity has the same Krylov space, so that its iterates need no product of
+    their own (Frommer, Computing 2003; here with the ratio of successive scales, which stays between 0 and 1). What
+    goes beyond the point of least residual between start and damped solution is cut off: the residual of either is
+    never exceeded.
 
     A start with a larger residual than zero's is dropped. What one batch's solution holds in the null space of its
     matrix is large for the next batch's, and would grow from batch to batch without limit.
@@ -537,6 +571,7 @@ def conjugate_gradients(
         zero = jax.tree.map(jnp.zeros_like, b)
         bb = tree_vdot(b, b)
         least = tol**2 * bb
+        one, nought = jnp.ones_like(bb), jnp.zeros_like(bb)
 
         # A start that is not zero is reached from zero by a step of length one along it: the same loop makes its
         # product, and the compiled program holds A once.
@@ -544,7 +579,7 @@ def conjugate_gradients(
             return (state.steps < num_steps) & ((state.rr > least) | (state.steps < 0)) & state.positive
 
         def step(state: CGState) -> CGState:
-            steps, u, r, p, _, rz, smooth, s, largest, _ = state
+            steps, u, r, p, _, rz, damped, largest, _ = state
             Ap = matvec(p)
             pAp, pp = tree_vdot(p, Ap), tree_vdot(p, p)
             largest = jnp.maximum(largest, pAp / pp)
@@ -561,23 +596,55 @@ def conjugate_gradients(
             worse = to_start & ~(rr <= bb)
             (u, r), rr = tree_where(worse, (u, r), there), jnp.where(worse, bb, rr)
             z, after = preconditioned(r, rr)
-            p = tree_where(to_start, z, tree_add_scaled(z, after / rz, p))
-            away, change = tree_add_scaled(u, -1.0, smooth), tree_add_scaled(r, -1.0, s)
-            squared = tree_vdot(change, change)
-            # The average goes no way along which A is rounding error: the residual would gain by accident.
-            usable = jnp.isfinite(squared) & (squared > negligible * largest**2 * tree_vdot(away, away))
-            eta = jnp.where(usable, -tree_vdot(s, change) / jnp.where(usable, squared, 1.0), 0.0)
-            averaged = tree_add_scaled(smooth, eta, away), tree_add_scaled(s, eta, change)
-            smooth, s = tree_where(usable, averaged, (smooth, s))
-            return CGState(steps + 1, u, r, p, rr, after, smooth, s, largest, positive & jnp.isfinite(after))
+            beta = jnp.where(to_start, 0.0, after / rz)
+            p = tree_add_scaled(z, beta, p) if initial is None else tree_where(to_start, z, tree_add_scaled(z, beta, p))
+            damped = damped_step(damped, jnp.where(to_start, 0.0, alpha), beta, r, z)
+            if initial is not None:
+                kept = jnp.where(to_start, ~worse, damped.kept)
+                damped = damped._replace(r0=tree_where(to_start, r, damped.r0), kept=kept)
+            return CGState(steps + 1, u, r, p, rr, after, damped, largest, positive & jnp.isfinite(after))
+
+        def damped_step(damped: Damped, alpha: jax.Array, beta: jax.Array, r: PyTree, z: PyTree) -> Damped:
+            """With r and z after the step; a step of length zero sets out from r."""
+            moves = alpha > 0
+            sigma = jnp.where((damped.sigma == 0) & moves, _DAMPING / jnp.where(moves, alpha, 1.0), damped.sigma)
+            ratio = 1 / (1 + sigma * alpha + alpha * damped.beta / damped.alpha * (1 - damped.ratio))
+            scale, length, back = damped.scale * ratio, alpha * ratio, beta * ratio**2
+            e, p = tree_add_scaled(damped.e, length, damped.p), _combined(scale, z, back, damped.p, moves)
+            Pe, Pp = damped.Pe, damped.Pp
+            if preconditioner is not None:
+                Pe, Pp = tree_add_scaled(Pe, length, Pp), _combined(scale, r, back, Pp, moves)
+            alpha, beta = jnp.where(moves, alpha, damped.alpha), jnp.where(moves, beta, damped.beta)
+            return Damped(e, p, Pe, Pp, scale, ratio, sigma, alpha, beta, damped.r0, damped.kept)
+
+        def safe(end: CGState) -> PyTree:
+            """The start, and as much of the damped solution as lowers the residual."""
+            damped = end.damped
+            r0 = b if initial is None else damped.r0
+            Pe = damped.e if preconditioner is None else damped.Pe
+            residual = tree_add_scaled(_scaled(end.r, damped.scale), damped.sigma, Pe)
+            Ae = tree_add_scaled(r0, -1.0, residual)
+            squared = tree_vdot(Ae, Ae)
+            usable = jnp.isfinite(squared) & (squared > 0)
+            length = jnp.where(usable, jnp.clip(tree_vdot(Ae, r0) / jnp.where(usable, squared, 1.0), 0.0, 1.0), 0.0)
+            start = zero if initial is None else tree_where(damped.kept, initial, zero)
+            return tree_add_scaled(start, length, damped.e)
 
         z, rz = preconditioned(b, bb)
         first, p = (0, z) if initial is None else (-1, initial)
-        start = CGState(jnp.asarray(first), zero, b, p, bb, rz, zero, b, jnp.zeros_like(bb), jnp.isfinite(rz))
+        along = (None, None) if preconditioner is None else (zero, b)
+        r0 = None if initial is None else b
+        damped = Damped(zero, z, *along, one, one, nought, one, nought, r0, jnp.asarray(False))
+        start = CGState(jnp.asarray(first), zero, b, p, bb, rz, damped, nought, jnp.isfinite(rz))
         end = jax.lax.while_loop(running, step, start)
-        return tree_where(end.positive & (end.rr <= bb), end.u, end.smooth)
+        return tree_where(end.positive & (end.rr <= bb), end.u, safe(end))
 
     return jax.lax.custom_linear_solve(matvec, rhs, loop, symmetric=True)
+
+
+def _combined(a: jax.Array, x: PyTree, b: jax.Array, y: PyTree, condition: jax.Array) -> PyTree:
+    """a x + b y, or x where the condition is false."""
+    return tree_where(condition, tree_add_scaled(_scaled(x, a), b, y), x)
 
 
 def _rounding(tree: PyTree) -> float:
