@@ -66,8 +66,8 @@ def cg(
     Where the curvature along a step's direction is negative, or zero to rounding, there is nothing to minimise, and the
     solver stops. Then, and where its last iterate is worse than zero, as on batches of fewer samples than parameters,
     it gives the solution of a damped system, without more products: the damping is a quarter of the curvature along the
-    right-hand side (with a warm start, along its residual), and `linear_residual` is at most 1, `linear_converged` in
-    the metrics false.
+    right-hand side (with a warm start, along it or its residual), and `linear_residual` is at most 1,
+    `linear_converged` in the metrics false.
 
     Arguments:
         num_steps: largest number of steps K >= 1.
@@ -507,7 +507,7 @@ class Damped(NamedTuple):
         scale: its residual over that of the undamped system, r.
         ratio: of the last two scales.
         sigma: the damping; 0 until the first step has chosen it.
-        alpha, beta: the last step's, of the undamped system.
+        curvature, beta: of the last step of the undamped system, 1 / alpha and the weight of the direction before.
         r0: the start's residual; None for b.
         kept: whether the start was, and not zero in its place.
     """
@@ -519,7 +519,7 @@ class Damped(NamedTuple):
     scale: jax.Array
     ratio: jax.Array
     sigma: jax.Array
-    alpha: jax.Array
+    curvature: jax.Array
     beta: jax.Array
     r0: PyTree
     kept: jax.Array
@@ -544,11 +544,12 @@ def conjugate_gradients(
     the power of `power`, for an A that is one of a matrix): there A is not positive definite, and what the last
     iterates minimise has no minimum. Then, and where the last residual is larger than |b|, as for the Hessian of a
     batch with fewer samples than parameters, whose range b is not in, the iterates grow without limit. The answer is
-    then that of the damped system (A + sigma) u = b, with sigma a quarter of the curvature along the first residual; a
-    system that differs by a multiple of the identity has the same Krylov space, so that its iterates need no product of
-    their own (Frommer, Computing 2003; here with the ratio of successive scales, which stays between 0 and 1). What
-    goes beyond the point of least residual between start and damped solution is cut off: the residual of either is
-    never exceeded.
+    then that of the damped system (A + sigma) u = b, with sigma a quarter of the curvature along the first residual, or
+    along the start if that is larger. A system that differs by a multiple of the identity has the same Krylov space, so
+    that its iterates need no product of their own (Frommer, Computing 2003; here with the ratio of successive scales,
+    which stays between 0 and 1). Where the curvature along a direction is rounding error, its step is finite all the
+    same, and the last. What goes beyond the point of least residual between start and damped solution is cut off: the
+    residual of either end is never exceeded.
 
     A start with a larger residual than zero's is dropped. What one batch's solution holds in the null space of its
     matrix is large for the next batch's, and would grow from batch to batch without limit.
@@ -598,24 +599,38 @@ def conjugate_gradients(
             z, after = preconditioned(r, rr)
             beta = jnp.where(to_start, 0.0, after / rz)
             p = tree_add_scaled(z, beta, p) if initial is None else tree_where(to_start, z, tree_add_scaled(z, beta, p))
-            damped = damped_step(damped, jnp.where(to_start, 0.0, alpha), beta, r, z)
+            flat = jnp.abs(pAp) <= negligible * largest * pp
+            curvature = jnp.where(positive & ~to_start, pAp / rz, 0.0)
+            damped = damped_step(damped, steps == 0, curvature, (positive | flat) & ~to_start, beta, r, z)
             if initial is not None:
                 kept = jnp.where(to_start, ~worse, damped.kept)
                 damped = damped._replace(r0=tree_where(to_start, r, damped.r0), kept=kept)
+                if preconditioner is None:
+                    sigma = jnp.where(to_start & kept & (pAp > 0), _DAMPING * pAp / pp, damped.sigma)
+                    damped = damped._replace(sigma=sigma)
             return CGState(steps + 1, u, r, p, rr, after, damped, largest, positive & jnp.isfinite(after))
 
-        def damped_step(damped: Damped, alpha: jax.Array, beta: jax.Array, r: PyTree, z: PyTree) -> Damped:
-            """With r and z after the step; a step of length zero sets out from r."""
-            moves = alpha > 0
-            sigma = jnp.where((damped.sigma == 0) & moves, _DAMPING / jnp.where(moves, alpha, 1.0), damped.sigma)
-            ratio = 1 / (1 + sigma * alpha + alpha * damped.beta / damped.alpha * (1 - damped.ratio))
-            scale, length, back = damped.scale * ratio, alpha * ratio, beta * ratio**2
+        def damped_step(
+            damped: Damped,
+            first: jax.Array,
+            curvature: jax.Array,
+            moves: jax.Array,
+            beta: jax.Array,
+            r: PyTree,
+            z: PyTree,
+        ) -> Damped:
+            """With r and z after the step of length 1 / curvature, which may be infinite; without it, the start is z."""
+            sigma = jnp.where(first, jnp.maximum(damped.sigma, _DAMPING * curvature), damped.sigma)
+            moves = moves & (sigma > 0)
+            stiffness = curvature + sigma + damped.beta * damped.curvature * (1 - damped.ratio)
+            length = jnp.where(moves, 1 / jnp.where(moves, stiffness, 1.0), 0.0)
+            ratio = jnp.where(moves, curvature * length, 1.0)
+            scale, back = damped.scale * ratio, beta * ratio**2
             e, p = tree_add_scaled(damped.e, length, damped.p), _combined(scale, z, back, damped.p, moves)
             Pe, Pp = damped.Pe, damped.Pp
             if preconditioner is not None:
                 Pe, Pp = tree_add_scaled(Pe, length, Pp), _combined(scale, r, back, Pp, moves)
-            alpha, beta = jnp.where(moves, alpha, damped.alpha), jnp.where(moves, beta, damped.beta)
-            return Damped(e, p, Pe, Pp, scale, ratio, sigma, alpha, beta, damped.r0, damped.kept)
+            return Damped(e, p, Pe, Pp, scale, ratio, sigma, curvature, beta, damped.r0, damped.kept)
 
         def safe(end: CGState) -> PyTree:
             """The start, and as much of the damped solution as lowers the residual."""
@@ -634,7 +649,7 @@ def conjugate_gradients(
         first, p = (0, z) if initial is None else (-1, initial)
         along = (None, None) if preconditioner is None else (zero, b)
         r0 = None if initial is None else b
-        damped = Damped(zero, z, *along, one, one, nought, one, nought, r0, jnp.asarray(False))
+        damped = Damped(zero, z, *along, one, one, nought, nought, nought, r0, jnp.asarray(False))
         start = CGState(jnp.asarray(first), zero, b, p, bb, rz, damped, nought, jnp.isfinite(rz))
         end = jax.lax.while_loop(running, step, start)
         return tree_where(end.positive & (end.rr <= bb), end.u, safe(end))
