@@ -619,7 +619,7 @@ def conjugate_gradients(
             r: PyTree,
             z: PyTree,
         ) -> Damped:
-            """With r and z after the step of length 1 / curvature, which may be infinite; without it, the start is z."""
+            """With r and z after the step of length 1 / curvature, perhaps infinite; without it, z is the start."""
             sigma = jnp.where(first, jnp.maximum(damped.sigma, _DAMPING * curvature), damped.sigma)
             moves = moves & (sigma > 0)
             stiffness = curvature + sigma + damped.beta * damped.curvature * (1 - damped.ratio)
