@@ -123,6 +123,6 @@ METHODS = table(
     Method("saba", "single loop, with a memory", _single(fb.saba), colour="C8"),
     Method("stocbio", "double loop, Neumann series", _stocbio, colour="C6"),
     Method("amigo", "double loop, warm-started linear system", _amigo, colour="C2"),
-    Method("f2sa", "first order, growing penalty", _f2sa, colour="tab:olive"),
+    Method("f2sa", "first order, growing penalty", _f2sa, colour="navy"),
     Method("bome", "first order, dynamic barrier", _bome, colour="C7"),
 )

@@ -7,8 +7,8 @@ With v = h_theta(x) the logits of a classifier, omega_i the logit of sample i's 
     L_{out}(v) &= \text{mean over clean validation samples of the cross entropy.}
 
 The functional problem has no theta: there the inner optimizer decays the parameters by the same C. Every wrong label
-differs from the right one, so that the area under the ROC curve of the weights is 1
-where they tell right from wrong.
+differs from the right one, so that the area under the ROC curve of the weights is 1 where
+they tell right from wrong.
 
 References:
     Franceschi, Donini, Frasconi, Pontil, *Forward and reverse gradient-based hyperparameter optimization*, ICML 2017,
@@ -79,7 +79,7 @@ def pictures(dataset: str, path: Path | None = None) -> tuple[Array, Array]:
     return (x.reshape(len(x), -1) / 255).astype(np.float32), y.astype(np.int32)
 
 
-SIZES = {"digits": (1000, 200), "mnist": (20_000, 5000)}
+SIZES = {"digits": (1000, 250), "mnist": (20_000, 5000)}
 """Training and validation samples; the rest are for the test, 10,000 at most."""
 
 
