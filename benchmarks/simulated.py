@@ -321,13 +321,20 @@ def draw(records: Sequence[store.Record], path: Path) -> None:
     steps = records[0]["settings"]["steps"]
     y = np.arange(len(shown))
     colours = [FAMILIES[row.family] for row in shown]
+    start = store.values(records[0])["gradient_start"]
+    half, last = (np.nan_to_num([getattr(row, name) for row in shown], nan=np.inf) for name in ("half", "last"))
+    beyond = last > 10 * start
+    half, last = np.minimum(half, 10 * start), np.minimum(last, 10 * start)
     with figures.drawn(path, figsize=(10, 1.2 + 0.21 * len(shown))) as figure:
         gradient, samples, seconds = figure.subplots(1, 3, sharey=True, width_ratios=(2.2, 1, 1))
-        gradient.hlines(y, [row.last for row in shown], [row.half for row in shown], colors=colours, lw=1, alpha=0.5)
-        gradient.scatter([row.half for row in shown], y, s=22, facecolors="white", edgecolors=colours, zorder=3)
-        gradient.scatter([row.last for row in shown], y, s=26, color=colours, zorder=3)
-        gradient.axvline(store.values(records[0])["gradient_start"], color="0.6", ls="--", lw=1)
-        gradient.set(title=f"‖∇h‖² after {steps // 2} (hollow) and {steps} steps; dashed: start", xscale="log")
+        gradient.hlines(y, last, half, colors=colours, lw=1, alpha=0.5)
+        gradient.scatter(half, y, s=22, facecolors="white", edgecolors=colours, zorder=3)
+        for which, marker in ((~beyond, "o"), (beyond, ">")):
+            gradient.scatter(last[which], y[which], s=26, c=np.array(colours)[which], marker=marker, zorder=3)
+        gradient.axvline(start, color="0.6", ls="--", lw=1)
+        gradient.set(
+            title=f"‖∇h‖² after {steps // 2} (hollow) and {steps} steps; dashed: start; >: beyond", xscale="log"
+        )
         samples.barh(y, [row.samples / steps for row in shown], color=colours, alpha=0.7)
         samples.set(title="Samples per step", xscale="log")
         seconds.barh(y, [1e6 * row.seconds for row in shown], color=colours, alpha=0.7)

@@ -44,7 +44,7 @@ def test_objectives_by_hand(x64, network):
     theta, _ = cleaning.model(network).init(jax.random.key(0), jnp.asarray(x))
     theta = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape)), theta)
     omega, number = rng.normal(size=20), np.array([5, 0, 19, 7, 7, 2])
-    h = np.maximum(x @ theta["w1"] + theta["b1"], 0) if network == "mlp" else x
+    h = np.maximum(x @ np.asarray(theta["w1"]) + np.asarray(theta["b1"]), 0) if network == "mlp" else x
     v = h @ np.asarray(theta["w"]) + np.asarray(theta["b"])
     loss = np.log(np.exp(v).sum(axis=1)) - v[np.arange(6), y]
     weight = 1 / (1 + np.exp(-omega[number]))
