@@ -16,7 +16,6 @@ References:
 """
 
 import operator
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -70,7 +69,8 @@ def pictures(dataset: str, path: Path | None = None) -> tuple[Array, Array]:
     if dataset == "digits":
         from sklearn.datasets import load_digits  # noqa: PLC0415
 
-        x, y = load_digits(return_X_y=True)
+        digits: Any = load_digits(return_X_y=True)
+        x, y = digits
         return (x / 16).astype(np.float32), y.astype(np.int32)
     mend = "pass --data, or set $FUNCBILEVEL_MNIST, to the mnist.npz of Keras"
     file = given(path, "FUNCBILEVEL_MNIST") or Path("mnist.npz")
@@ -152,7 +152,7 @@ FUNCTIONAL = fb.FunctionalProblem(inner_objective, outer_objective, inputs=opera
 
 def penalty(theta: Params) -> jax.Array:
     """C |theta|^2."""
-    return DECAY * sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(theta))
+    return DECAY * optax.tree.norm(theta, squared=True)
 
 
 PARAMETRIC = fb.ParametricProblem(
@@ -176,6 +176,3 @@ def auc(omega: jax.Array, wrong: jax.Array) -> jax.Array:
     rank = (below + up_to + 1) / 2
     right = jnp.sum(~wrong)
     return (jnp.sum(jnp.where(wrong, 0.0, rank)) - right * (right + 1) / 2) / (right * jnp.sum(wrong))
-
-
-Measure: TypeAlias = Callable[[Any, Any, Data], dict[str, jax.Array]]
