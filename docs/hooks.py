@@ -196,6 +196,8 @@ OTHERS = {  # further directories of records -> title
     "cost": "What a hypergradient costs",
     "fairness-article": "Adult, the article's settings",
     "fairness-nba": "Accuracy and parity: NBA",
+    "fairness-outside": "Adult, beside methods from outside",
+    "fairness-outside-removed": "Adult, without the attribute",
     "fairness-published": "Adult, the public code's settings",
     "fairness-two-followers": "Two followers: parity and odds",
     "fairness-two-followers-race": "Two followers: sex and race",

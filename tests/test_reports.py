@@ -12,6 +12,7 @@ DIRECTORIES = (
     *("iv", "iv-10000", "demand", "schooling", "schooling-neural"),
     *("cartpole", "cartpole-tuned", "pendulum", "pathways", "arm", "gates", "gates-adult"),
     *("fairness", "fairness-article", "fairness-nba", "fairness-published"),
+    *("fairness-outside", "fairness-outside-removed"),
     *("fairness-two-followers", "fairness-two-followers-race"),
 )
 

@@ -163,7 +163,7 @@ def draw(runs: Sequence[Record], rows: Sequence[Row], removed: bool, path: Path)
         plane.set(
             xlabel="Demographic parity gap of decisions (test)",
             ylabel="Accuracy (test)",
-            title="Every trial, the mean over its seeds",
+            title="Every trial, the mean over its seeds (dashed: by thresholds for each group)",
         )
         _name_points(plane, of, majority)
         _draw_areas(areas, rows)
