@@ -201,6 +201,7 @@ OTHERS = {  # further directories of records -> title
     "fairness-published": "Adult, the public code's settings",
     "fairness-two-followers": "Two followers: parity and odds",
     "fairness-two-followers-race": "Two followers: sex and race",
+    "gates-adult-fresh": "Feature gates on Adult, fresh seeds",
     "gates": "Feature gates on breast cancer",
     "iv-10000": "dSprites, 10,000 samples",
     "peers": "Other libraries",
