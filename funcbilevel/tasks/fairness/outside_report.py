@@ -142,7 +142,7 @@ def draw(runs: Sequence[Record], rows: Sequence[Row], removed: bool, path: Path)
         for name, means in of.items():
             line, own = joined(means, majority), colour(ALL_ROWS, name)
             dashes = "--" if name in NEED_ATTRIBUTE else "-"
-            plane.plot(line[:, 1], line[:, 0], color=own, lw=1.2, ls=dashes)
+            plane.plot(line[:, 1], line[:, 0], color=own, lw=1.2, ls=dashes, drawstyle="steps-post")
             plane.scatter(means[:, 1], means[:, 0], s=22, color=own, lw=0, zorder=3)
         every = np.concatenate(list(of.values()))
         low, high = every[:, 0].min(), every[:, 0].max()
