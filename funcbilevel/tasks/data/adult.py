@@ -40,6 +40,7 @@ def load(
     validation: float = 0.2,
     seed: int = 0,
     label: Literal["income", "education"] = "income",
+    use_attributes: bool = True,
 ) -> Dataset:
     """The data to predict whether a person earns more than 50,000 dollars.
 
@@ -57,6 +58,7 @@ def load(
         validation: the validation part's share of adult.data.
         seed: of that division.
         label: what to predict.
+        use_attributes: whether the attributes are among the features, too.
 
     Raises:
         ValueError: there is no such attribute or label.
@@ -75,7 +77,7 @@ def load(
                 f"{folder / 'adult.test'} has groups of {name} that adult.data has not ({', '.join(unknown)}); {MEND}."
             )
     (x, groups, y), (x_test, groups_test, y_test) = (
-        _arrays(frame, levels, attributes, label) for frame in (train_frame, test_frame)
+        _arrays(frame, levels, attributes, label, use_attributes) for frame in (train_frame, test_frame)
     )
     held_out, kept = split(len(y), (validation,), seed)
     parts = (kept, held_out, len(y) + np.arange(len(y_test)))
@@ -140,7 +142,11 @@ def _rows(path: Path) -> list[list[str]]:
 
 
 def _arrays(
-    frame: "pd.DataFrame", levels: Mapping[str, list[str]], attributes: tuple[str, ...], label: str
+    frame: "pd.DataFrame",
+    levels: Mapping[str, list[str]],
+    attributes: tuple[str, ...],
+    label: str,
+    use_attributes: bool,
 ) -> tuple[Array, Array, Array]:
     """(x, groups, y); a category that adult.data does not know is a row of zeros."""
 
@@ -150,10 +156,10 @@ def _arrays(
 
     y = income = (frame["income"] == ">50K").to_numpy(float)
     features: list[Array] = []
-    dropped: tuple[str, ...] = ()
+    dropped = () if use_attributes else attributes
     if label == "education":
         y, features = np.digitize(frame["education-num"].to_numpy(float), EDUCATION), [income[:, None]]
-        dropped = ("education", "education-num")
+        dropped = (*dropped, "education", "education-num")
     features += [frame[[name]].to_numpy() for name in NUMBERS if name not in dropped]
     features += [one_hot(name) for name in CATEGORIES if name not in dropped]
     x = np.hstack(features).astype(float)

@@ -19,7 +19,13 @@ _DROPPED = (
 )
 
 
-def load(path: str | Path | None = None, validation: float = 0.16, test: float = 0.2, seed: int = 0) -> Dataset:
+def load(
+    path: str | Path | None = None,
+    validation: float = 0.16,
+    test: float = 0.2,
+    seed: int = 0,
+    use_attributes: bool = True,
+) -> Dataset:
     """The data to predict whether the Charlson index is above zero. Attribute: nine ages.
 
     The competition's licence forbids passing its data on, so the file is the user's: the table of one row per member
@@ -30,6 +36,7 @@ def load(path: str | Path | None = None, validation: float = 0.16, test: float =
         path: the .csv file; by default FUNCBILEVEL_HEALTH_CSV.
         validation, test: shares of these parts; the rest is the training part.
         seed: of that division.
+        use_attributes: whether age is a feature, too.
 
     Raises:
         UserError: there is no such file, columns are missing or hold no numbers, or no rows are left.
@@ -52,7 +59,8 @@ def load(path: str | Path | None = None, validation: float = 0.16, test: float =
     y = (frame["CharlsonIndexI_max"] > 0).to_numpy(float)
     age = frame[list(AGES)].to_numpy().argmax(axis=1)
     sex = frame["sexFEMALE"].to_numpy(float)
-    x = np.hstack([features.to_numpy(float), age[:, None], sex[:, None]])
+    own = [age[:, None]] if use_attributes else []
+    x = np.hstack([features.to_numpy(float), *own, sex[:, None]])
     tested, held_out, kept = split(len(y), (test, validation), seed)
     return divided("health", x, y, age[:, None], (kept, held_out, tested), ("age",), (len(AGES),))
 

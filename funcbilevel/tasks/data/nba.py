@@ -18,7 +18,11 @@ MEND = f"{VARIABLE} or --data must name a directory with {' and '.join(SHA256)};
 
 
 def load(
-    directory: str | Path | None = None, num_train: int = 100, validation: float = 1 / 3, seed: int = 0
+    directory: str | Path | None = None,
+    num_train: int = 100,
+    validation: float = 1 / 3,
+    seed: int = 0,
+    use_attributes: bool = True,
 ) -> Dataset:
     """The data to predict whether a player earns more than the median. Attribute: from overseas or not.
 
@@ -31,6 +35,7 @@ def load(
         num_train: labelled nodes in the training part.
         validation: the validation part's share of the other labelled nodes.
         seed: of that division.
+        use_attributes: whether the country is a feature of its player, too.
 
     Raises:
         ValueError: there are too few labelled nodes.
@@ -45,7 +50,8 @@ def load(
         raise ValueError(f"num_train must be from 1 to {len(labelled) - 2}, got {num_train}.")
     num_held_out = max(1, round(validation * (len(labelled) - num_train)))
     parts = np.split(labelled, (num_train, num_train + num_held_out))
-    features = frame.drop(columns=["user_id", "SALARY"]).to_numpy(float)
+    others = ["user_id", "SALARY", *([] if use_attributes else ["country"])]
+    features = frame.drop(columns=others).to_numpy(float)
     low, extent = scaler(features[parts[0]])
     x = Graph(((features - low) / extent).clip(-1.0, 2.0).astype(np.float32), normalised(edges, len(frame)))
     groups = (frame["country"].to_numpy() > 0).astype(np.int32)[:, None]

@@ -7,7 +7,7 @@ import numpy as np
 from funcbilevel.tasks.data.dataset import Dataset, divided, split
 
 
-def load(n: int = 8000, bias: float = 1.0, seed: int = 0, num_classes: int = 2) -> Dataset:
+def load(n: int = 8000, bias: float = 1.0, seed: int = 0, num_classes: int = 2, use_attributes: bool = True) -> Dataset:
     """`sklearn.datasets.make_classification` with a group that the label and five of 20 features go with.
 
     A row's group is 1 with probability sigmoid(bias (2 y / (k - 1) - 1)) if there are k classes; group 1 moves five
@@ -18,6 +18,7 @@ def load(n: int = 8000, bias: float = 1.0, seed: int = 0, num_classes: int = 2) 
         bias: how strongly label and group go together; 0 for not at all.
         seed: of the draw and of the division.
         num_classes: of the labels, k.
+        use_attributes: whether the group is a feature itself.
 
     Raises:
         ValueError: there are fewer than two classes.
@@ -40,6 +41,6 @@ def load(n: int = 8000, bias: float = 1.0, seed: int = 0, num_classes: int = 2) 
     rng = np.random.default_rng(seed)
     group = (rng.uniform(size=n) < 1 / (1 + np.exp(-bias * (2 * y / (num_classes - 1) - 1)))).astype(float)
     x[:, rng.permutation(20)[:5]] += 0.5 * x.std() * group[:, None]
-    x = np.hstack([x, group[:, None]])
+    x = np.hstack([x, group[:, None]]) if use_attributes else x
     parts = split(n, (0.5, 0.25), seed)
     return divided("synthetic", x, y, group[:, None], parts, ("group",), (2,), num_classes)

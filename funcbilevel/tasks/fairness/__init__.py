@@ -12,12 +12,13 @@ from funcbilevel.tasks._experiment.command import Task
 from funcbilevel.tasks._experiment.errors import UserError
 from funcbilevel.tasks._experiment.grid import Track, complete
 from funcbilevel.tasks._experiment.options import Options, Sweep, flag
-from funcbilevel.tasks._experiment.store import Store
-from funcbilevel.tasks.fairness import report, runs
+from funcbilevel.tasks._experiment.store import Run, Store
+from funcbilevel.tasks.fairness import outside, report, runs
 from funcbilevel.tasks.fairness.losses import LOSSES, Loss
 from funcbilevel.tasks.fairness.methods import METHODS, SINGLE, check
+from funcbilevel.tasks.fairness.outside import NEED_ATTRIBUTE, OUTSIDE
 from funcbilevel.tasks.fairness.problem import Hyper, Setting
-from funcbilevel.tasks.fairness.protocols import PROTOCOLS, Variant, plans
+from funcbilevel.tasks.fairness.protocols import PROTOCOLS, Variant, etas, plans
 from funcbilevel.tasks.fairness.runs import Data, Plan, Source
 
 Followers = Literal["one", "together", "round-robin"]
@@ -38,6 +39,9 @@ class _Shared(Options):
     $FUNCBILEVEL_NBA_DIR, $FUNCBILEVEL_HEALTH_CSV, or else (not health) a download."""
     attributes: tuple[str, ...] = ("sex",)
     """Adult only: protected attributes, sex, race, or both."""
+    attribute: Literal["used", "removed"] = "used"
+    """Protected attributes as inputs: used, or removed, and then methods that need them when they decide are not
+    available."""
     label: Literal["income", "education"] = "income"
     """Adult only: label to predict, income or education in four classes."""
     num_classes: int = 2
@@ -99,7 +103,15 @@ class _Shared(Options):
     @property
     def source(self) -> Source:
         """Where the data come from."""
-        return Source(self.dataset, self.data, self.attributes, self.label, self.num_classes, self.division)
+        return Source(
+            self.dataset,
+            self.data,
+            self.attributes,
+            self.label,
+            self.num_classes,
+            self.division,
+            attribute=self.attribute,
+        )
 
     def adapted(self, setting: Setting) -> Setting:
         """The setting with the losses of --losses, and with one output for each class if there are more than two."""
@@ -209,8 +221,9 @@ class RunFairness(_Shared):
         )
 
 
-COMPARED = tuple(
-    name for name in METHODS if any(name == v.method for protocol in PROTOCOLS.values() for v in protocol.variants)
+COMPARED = (
+    *(name for name in METHODS if any(name == v.method for protocol in PROTOCOLS.values() for v in protocol.variants)),
+    *OUTSIDE,
 )
 
 
@@ -218,7 +231,9 @@ COMPARED = tuple(
 class CompareFairness(_Shared, Sweep):
     """Methods over many weights of the unfairness and seeds. Run it again to go on where it stopped."""
 
-    beside = (*Sweep.beside, "data", "followers", "costs", "chunk")
+    table = METHODS | OUTSIDE
+    beside = (*Sweep.beside, "data", "followers", "costs", "chunk", "trials")
+    counts = ("trials",)
     dataset: Data = "adult"
     """Data: drawn by scikit-learn, UCI Adult, Heritage Health, or the NBA graph."""
     protocol: Literal["pareto", "graph", "followers", "published", "article"] = "pareto"
@@ -231,21 +246,49 @@ class CompareFairness(_Shared, Sweep):
     """Methods to run, by default all of the protocol; table and figure show all that the output directory holds."""
     num_epochs: int | None = None
     """Passes over the training part; by default the protocol's."""
+    trials: int | None = None
+    """Trials of each method, weights of the unfairness or tolerances of the gap; by default the protocol's."""
+    redivide: bool = False
+    """Adult and health only: another division into training and validation part for each seed, --division plus it."""
     costs: bool = True
     """Time of one epoch of alternating over that of the Lagrangian."""
 
     def check(self) -> None:
         """Raises a UserError that names an option out of range."""
         super().check()
+        if self.redivide and self.dataset not in ("adult", "health"):
+            raise UserError(f"--redivide is for adult and health, got it with --dataset {self.dataset}.")
         known = dict.fromkeys(variant.method for variant in PROTOCOLS[self.protocol].variants)
+        known |= dict.fromkeys(OUTSIDE if self.has_outside else ())
         if self.methods != COMPARED and (unknown := [name for name in self.all_methods if name not in known]):
             raise UserError(
                 f"--methods must be among {', '.join(known)} in protocol {self.protocol}, got {', '.join(unknown)}."
             )
-        if not self.variants:
+        if self.attribute == "removed" and not set(self.all_methods) - set(NEED_ATTRIBUTE):
+            raise UserError(
+                f"--methods: {', '.join(self.all_methods)} need the attribute when they decide; pass --attribute used, "
+                "or other methods."
+            )
+        outside.check_installed(self.outside_methods)
+        if not self.variants and not self.outside_methods:
             raise UserError(f"--followers: no method is left with {', '.join(self.followers)}.")
         for variant in self.variants:
             self.check_setting(variant.method, self.setting_of(variant))
+
+    @property
+    def source(self) -> Source:
+        """Where the data come from."""
+        return super().source._replace(redivide=self.redivide)
+
+    @property
+    def has_outside(self) -> bool:
+        """Whether methods from outside take part: they are for two classes, features, and fronts of one loss."""
+        return self.protocol == "pareto" and self.dataset != "nba" and self.source.classes == 2 and not self.losses
+
+    @property
+    def outside_methods(self) -> list[str]:
+        """Those of them that are to be run."""
+        return [name for name in self.all_methods if name in OUTSIDE] if self.has_outside else []
 
     @property
     def variants(self) -> list[Variant]:
@@ -261,13 +304,44 @@ class CompareFairness(_Shared, Sweep):
         setting = self.adapted(PROTOCOLS[self.protocol].setting._replace(**variant.setting))
         return setting._replace(batch_size=None) if self.dataset == "nba" else setting
 
+    @property
+    def epochs(self) -> int:
+        """Passes over the training part."""
+        return self.num_epochs or PROTOCOLS[self.protocol].num_epochs
+
+    @property
+    def network_runs(self) -> list[Run]:
+        """The runs of networks."""
+        weights = PROTOCOLS[self.protocol].etas
+        weights = weights if self.trials is None else etas(weights[0], weights[-1], self.trials)
+        return runs.runs(self.source, plans(self.variants, self.setting_of, weights), self.epochs, self.all_seeds)
+
+    @property
+    def plain(self) -> Plan:
+        """Accuracy alone, the network below `thresholds`."""
+        variants = [variant for variant in PROTOCOLS[self.protocol].variants if variant.method == SINGLE]
+        return plans(variants, self.setting_of, ())[0]
+
+    @property
+    def outside_runs(self) -> list[Run]:
+        """The runs of methods from outside."""
+        if not self.outside_methods:
+            return []
+        trials = self.trials or len(PROTOCOLS[self.protocol].etas)
+        return outside.runs(self.source, self.outside_methods, self.plain, self.epochs, trials, self.all_seeds)
+
     def work(self, directory: Path, track: Track) -> None:
         """Adds what is missing to runs.jsonl, and measures the costs."""
-        protocol, source = PROTOCOLS[self.protocol], self.source
-        epochs = self.num_epochs or protocol.num_epochs
-        wanted = runs.runs(source, plans(self.variants, self.setting_of, protocol.etas), epochs, self.all_seeds)
+        protocol, source, epochs, where = (
+            PROTOCOLS[self.protocol],
+            self.source,
+            self.epochs,
+            Store(directory, self.task),
+        )
         train = partial(runs.train, source, epochs, self.chunk, track)
-        complete(Store(directory, self.task), wanted, train, partial(runs.one_program, source))
+        complete(where, self.network_runs, train, partial(runs.one_program, source))
+        if wanted := self.outside_runs:
+            complete(where, wanted, partial(outside.train, source, self.plain, epochs, track), outside.by_seed)
         if self.costs:
             measured = runs.cost_runs(source, self.adapted(protocol.setting), self.seed)
             complete(Store(directory, self.task, "costs"), measured, partial(runs.measure_costs, source), lambda run: 0)

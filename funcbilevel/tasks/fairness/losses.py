@@ -180,14 +180,32 @@ def sum_of(losses: Sequence[Callable[[jax.Array, Batch], jax.Array]]) -> Callabl
     return lambda logits, batch: sum((loss(logits, batch) for loss in losses[1:]), losses[0](logits, batch))
 
 
+NUM_BINS = 10
+"""Of `calibration_error`."""
+
+
+def calibration_error(logits: jax.Array, batch: Batch) -> jax.Array:
+    """Expected calibration error in `NUM_BINS` bins of equal width: sum_b n_b/n |mean p - share of y = 1 in bin b|.
+
+    Of more than two classes p is that of the most probable class, and what counts is whether it is the true one.
+    """
+    if logits.ndim == 1:
+        p, true = jax.nn.sigmoid(logits), batch.y
+    else:
+        p, true = jnp.max(jax.nn.softmax(logits), axis=1), (jnp.argmax(logits, axis=1) == batch.y).astype(logits.dtype)
+    bins = jnp.minimum(jnp.floor(NUM_BINS * p), NUM_BINS - 1).astype(jnp.int32)
+    excess = jax.ops.segment_sum(batch.weight * (p - true), bins, NUM_BINS)
+    return jnp.sum(jnp.abs(excess)) / jnp.sum(batch.weight)
+
+
 def measure(logits: jax.Array, batch: Batch, num_groups: tuple[int, ...]) -> dict[str, jax.Array]:
     """What counts, of several attributes the worst; all differences are between the two most different groups.
 
     `accuracy`; `dp_gap` and `dp_gap_soft`: of the rates of positive decisions, p > 1/2, and of the mean p;
     `eo_gap` and `eo_gap_soft`: the larger of these differences among the rows with y = 0 and those with y = 1;
-    `opportunity_gap`: among those with y = 1 only; `worst_group_accuracy`. Of more than two classes the decision is for
-    the most probable, and a gap is the largest over the classes, each against the rest. With several attributes
-    `dp_gap_<a>` and `eo_gap_<a>` are those of attribute number a.
+    `opportunity_gap`: among those with y = 1 only; `worst_group_accuracy`; `calibration_error`. Of more than two
+    classes the decision is for the most probable, and a gap is the largest over the classes, each against the rest.
+    With several attributes `dp_gap_<a>` and `eo_gap_<a>` are those of attribute number a.
     """
     dtype = logits.dtype
     label = (logits > 0) if logits.ndim == 1 else jnp.argmax(logits, axis=1)
@@ -227,4 +245,5 @@ def measure(logits: jax.Array, batch: Batch, num_groups: tuple[int, ...]) -> dic
         "worst_group_accuracy": jnp.min(
             jnp.stack([jnp.min(jnp.where(present, rates, jnp.inf)) for rates, present in by_group])
         ),
+        "calibration_error": calibration_error(logits, batch),
     } | (of_each if len(num_groups) > 1 else {})

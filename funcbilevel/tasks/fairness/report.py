@@ -14,9 +14,11 @@ from funcbilevel.tasks._experiment.options import read_config
 from funcbilevel.tasks._experiment.report import Report
 from funcbilevel.tasks._experiment.statistics import Interval, mean_interval, pareto_front
 from funcbilevel.tasks._experiment.store import Record, Store, values
+from funcbilevel.tasks.fairness import outside_report
 from funcbilevel.tasks.fairness.losses import Loss
 from funcbilevel.tasks.fairness.methods import LAGRANGIAN, ROWS, SINGLE
 from funcbilevel.tasks.fairness.networks import ATTENTION, follower_of
+from funcbilevel.tasks.fairness.outside import OUTSIDE
 from funcbilevel.tasks.fairness.problem import Setting
 from funcbilevel.tasks.fairness.summary import Row, gaps_of, label, points, reference, summarise
 
@@ -27,6 +29,8 @@ def report(directory: Path) -> Report:
     runs = sorted(store.records(where), key=_content)
     if "protocol" not in read_config(directory) and len(runs) <= 2:
         return _of_one_run(runs, store.beside(where, "curves"))
+    if any(record["method"] in OUTSIDE for record in runs):
+        return outside_report.report(runs)
     return _comparison(runs, sorted(store.records(Store(directory, "fairness", "costs")), key=_content))
 
 
@@ -76,6 +80,7 @@ METRICS = (
     ("odds gap", "eo_gap"),
     ("of mean probabilities", "eo_gap_soft"),
     ("accuracy of the worst group", "worst_group_accuracy"),
+    ("calibration error", "calibration_error"),
 )
 
 
@@ -97,7 +102,8 @@ def _run_shown(record: Record, others: Sequence[Record]) -> table.page:
     columns = [values(one) for one in (record, *others)]
     names = ["test part", record["method"] if others or record["method"] != SINGLE else "accuracy alone"]
     names += ["accuracy alone"] * len(others)
-    rows = [(name, *(f"{of[metric]:.3f}" for of in columns)) for name, metric in METRICS]
+    there = [(name, metric) for name, metric in METRICS if all(metric in of for of in columns)]
+    rows = [(name, *(f"{of[metric]:.3f}" for of in columns)) for name, metric in there]
     return table.page(table.facts(facts), table.terminal(names, rows, left=("test part",)))
 
 

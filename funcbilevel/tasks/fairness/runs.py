@@ -30,6 +30,8 @@ class Source(NamedTuple):
         attributes, label: of Adult.
         num_classes: of synthetic data.
         division: seed of the division of Adult and Heritage Health, one for all seeds of a comparison.
+        redivide: the division of Adult and Heritage Health is another for each seed, counted from `division` on.
+        attribute: whether the protected attributes are among the features.
     """
 
     dataset: Data = "synthetic"
@@ -38,11 +40,13 @@ class Source(NamedTuple):
     label: Literal["income", "education"] = "income"
     num_classes: int = 2
     division: int = 0
+    redivide: bool = False
+    attribute: Literal["used", "removed"] = "used"
 
     @property
     def by_seed(self) -> bool:
         """Whether a run's seed decides its data: synthetic ones, and the division of the NBA graph, which is small."""
-        return self.dataset in ("synthetic", "nba")
+        return self.dataset in ("synthetic", "nba") or self.redivide
 
     @property
     def classes(self) -> int:
@@ -53,22 +57,29 @@ class Source(NamedTuple):
         """What a record says of the data."""
         name = "adult-education" if self.dataset == "adult" and self.label == "education" else self.dataset
         attributes = {"adult": self.attributes, "health": ("age",), "nba": ("country",), "synthetic": ("group",)}
-        return {"dataset": name, "attributes": attributes[self.dataset], "division": self.division}
+        return {
+            "dataset": name,
+            "attributes": attributes[self.dataset],
+            "division": self.division,
+            "redivide": self.redivide,
+            "attribute": self.attribute,
+        }
 
     def load(self, seed: int) -> Dataset:
         """The data of a run with this seed."""
+        used, division = self.attribute == "used", self.division + (seed if self.redivide else 0)
         if self.dataset == "adult":
-            return adult.load(self.path, self.attributes, seed=self.division, label=self.label)
+            return adult.load(self.path, self.attributes, seed=division, label=self.label, use_attributes=used)
         if self.dataset == "health":
-            return health.load(self.path, seed=self.division)
+            return health.load(self.path, seed=division, use_attributes=used)
         if self.dataset == "nba":
-            return nba.load(self.path, seed=seed)
-        return synthetic.load(seed=seed, num_classes=self.num_classes)
+            return nba.load(self.path, seed=seed, use_attributes=used)
+        return synthetic.load(seed=seed, num_classes=self.num_classes, use_attributes=used)
 
 
 LATER = {
     **{"losses": (), "followers": "one", "attention": None, "num_classes": 2, "label": "income"},
-    "division": 0,
+    **{"division": 0, "redivide": False, "attribute": "used"},
 }
 """Settings that came later, with their defaults: left out where they have them, so that older runs are still known."""
 

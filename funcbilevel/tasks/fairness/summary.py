@@ -10,8 +10,11 @@ from funcbilevel.tasks._experiment.methods import in_order
 from funcbilevel.tasks._experiment.statistics import Interval, hypervolume, mean_interval, pareto_front
 from funcbilevel.tasks._experiment.store import Record, values
 from funcbilevel.tasks.fairness.methods import LAGRANGIAN, ROWS, SINGLE, label_of
+from funcbilevel.tasks.fairness.outside import OUTSIDE
 
 PARITY = ("dp_gap",)
+ALL_ROWS = ROWS | OUTSIDE
+"""What a row of a table may be, in their order."""
 
 
 def points(
@@ -62,13 +65,16 @@ class Row(NamedTuple):
 
     Attributes:
         label: method and update.
-        eta: of the setting shown: each, or the one that validation chose.
+        eta: of the setting shown, or its tolerance: each, or the one that validation chose.
         trials: how many settings the method had.
         accuracy, dp_gap, dp_gap_soft, eo_gap: on the test part.
         largest_gap: the largest `dp_gap_soft` over the seeds, which the article reports.
         hypervolume: (accuracy, 1 - dp_gap) of the front that validation chose, seed -> value; empty without a front.
-        difference: mean difference of the hypervolume to the Lagrangian's on the same seeds, and its 95% interval.
+        difference: mean difference of the hypervolume to that of the method compared with (the Lagrangian) on the same
+            seeds, and its 95% interval.
         above: the same two above the point of `reference`.
+        intervals: name of a metric of `INTERVALS` -> its mean and interval over the seeds, on the test part; empty for
+            records from before calibration was measured.
     """
 
     label: str
@@ -84,11 +90,14 @@ class Row(NamedTuple):
     difference: Interval | None
     above: dict[int, float]
     above_difference: Interval | None
+    intervals: dict[str, Interval]
 
 
-def summarise(runs: Sequence[Record], front: bool, gaps: Sequence[str] = PARITY) -> list[Row]:
-    """One row per method, with its front, or one per setting."""
-    labels = in_order(ROWS, map(label, runs))
+def summarise(
+    runs: Sequence[Record], front: bool, gaps: Sequence[str] = PARITY, against: str = LAGRANGIAN
+) -> list[Row]:
+    """One row per method, with its front, or one per setting; differences are to the method `against`."""
+    labels = in_order(ALL_ROWS, map(label, runs))
     point = reference(runs, gaps)
     # Of several losses the majority's label, fair by all of them, would have the largest sum.
     several = any(record["settings"].get("losses") for record in runs)
@@ -109,15 +118,16 @@ def summarise(runs: Sequence[Record], front: bool, gaps: Sequence[str] = PARITY)
             rows.append(
                 Row(
                     name,
-                    float(records[0]["settings"]["eta"]),
+                    weight_of(records[0]),
                     len(trials),
                     len(records),
                     **means,
                     largest_gap=max(values(record)["dp_gap_soft"] for record in records),
                     hypervolume=plain if front else {},
-                    difference=_difference(volumes, name, 0) if front else None,
+                    difference=_difference(volumes, name, 0, against) if front else None,
                     above=above if front else {},
-                    above_difference=_difference(volumes, name, 1) if front else None,
+                    above_difference=_difference(volumes, name, 1, against) if front else None,
+                    intervals=_intervals(records),
                 )
             )
     return rows
@@ -138,9 +148,27 @@ def _score(runs: Sequence[Record], trial: str, gaps: Sequence[str], point: tuple
     return float(np.sum(means)) if point is None else hypervolume(means[None], point)
 
 
-def _difference(volumes: Mapping[str, tuple[dict[int, float], ...]], name: str, which: int) -> Interval | None:
-    if name == LAGRANGIAN or LAGRANGIAN not in volumes:
+INTERVALS = ("accuracy", "dp_gap", "eo_gap", "calibration_error")
+
+
+def _intervals(records: Sequence[Record]) -> dict[str, Interval]:
+    cells = [values(record) for record in records]
+    if not all("calibration_error" in cell for cell in cells):
+        return {}
+    return {name: mean_interval([cell[name] for cell in cells]) for name in INTERVALS}
+
+
+def weight_of(record: Record) -> float:
+    """The setting's weight of the unfairness, or tolerance of the gap; NaN if it has neither."""
+    settings = record["settings"]
+    return float(settings.get("tolerance", settings.get("eta", np.nan)))
+
+
+def _difference(
+    volumes: Mapping[str, tuple[dict[int, float], ...]], name: str, which: int, against: str
+) -> Interval | None:
+    if name == against or against not in volumes:
         return None
-    mine, other = volumes[name][which], volumes[LAGRANGIAN][which]
+    mine, other = volumes[name][which], volumes[against][which]
     common = sorted(mine.keys() & other.keys())
     return mean_interval([mine[seed] - other[seed] for seed in common]) if common else None

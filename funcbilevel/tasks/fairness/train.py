@@ -204,11 +204,13 @@ class Outcome(NamedTuple):
         seconds: for all of it, compilation included.
         epoch_seconds: of one epoch of all cells together, the median over the chunks after the first; NaN if there
             is one chunk only.
+        parts: what was trained, (omega, theta), leaves with a leading axis of cells.
     """
 
     cells: list[Cell]
     seconds: float
     epoch_seconds: float
+    parts: Parts | None = None
 
 
 CURVES = ("epoch", "accuracy", "dp_gap", "dp_gap_soft", "eo_gap", "outer_objective", "inner_objective")
@@ -230,10 +232,9 @@ def sweep(
     """
     start = time.perf_counter()
     compiled = program(method, setting, dataset.num_groups)
-    parts = jax.tree.map(jnp.asarray, (dataset.train, dataset.validation, dataset.test))
+    train, *others = jax.tree.map(jnp.asarray, (dataset.train, dataset.validation, dataset.test))
     hyper = jax.tree.map(lambda *values: jnp.array(values, jnp.float32), *(hyper for hyper, _ in cells))
     keys = jnp.stack([jax.random.key(seed) for _, seed in cells])
-    train, *others = parts
     evaluate = evaluator(setting.row, dataset.num_groups)
     diagnose = diagnosis(setting.row, setting.terms, dataset.num_groups)
     states = compiled.init(keys, hyper, train)
@@ -259,4 +260,5 @@ def sweep(
         for i, (of_cell, seed) in enumerate(cells)
     ]
     rest = seconds[1:]
-    return Outcome(done, time.perf_counter() - start, float(np.median(rest)) if rest else float("nan"))
+    parts = states.outer_params, states.inner_params
+    return Outcome(done, time.perf_counter() - start, float(np.median(rest)) if rest else float("nan"), parts)
