@@ -165,10 +165,10 @@ def _on_mesh(
 
     jitted = jax.jit(step_on_mesh)
 
-    def init(key: Any, outer_params: Any, inner_batch: Batch, inner_params: Any = None, *more: Any) -> Any:
-        return put_state(
-            solver.init(key, outer_params, inner_batch, inner_params, *more)
-        )  # more: of finite-sum methods
+    def init(
+        key: Any, outer_params: Any, inner_batch: Batch, inner_params: Any = None, outer_batch: Batch = None
+    ) -> Any:
+        return put_state(solver.init(key, outer_params, inner_batch, inner_params, outer_batch))
 
     def step(state: Any, inner_batch: Batch, outer_batch: Batch) -> Any:
         return jitted(put_state(state), put_batch("inner", inner_batch), put_batch("outer", outer_batch))
