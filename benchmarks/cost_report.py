@@ -381,17 +381,17 @@ def sweep_tables(records: Sequence[store.Record], base: Cell, factor: str, what:
 
 # Plots.
 
-STYLES: Mapping[str, tuple[str, str]] = {
-    "floor": ("black", "--"),
-    "funcid-linear": ("C3", "-"),
-    "funcid-learned": ("C1", "-"),
-    "aid-cg": ("C2", "-"),
-    "aid-neumann": ("C2", ":"),
-    "aid-gmres": ("C2", "-."),
-    "itd": ("C4", "-"),
-    "itd-remat": ("C4", ":"),
-    "itd-forward": ("C4", "-."),
-    "alternating": ("0.6", "-"),
+STYLES: Mapping[str, dict[str, Any]] = {  # lines that may coincide differ in width: the floor is a broad one below all
+    "floor": {"color": "0.8", "lw": 6, "marker": "", "zorder": 1},
+    "funcid-linear": {"color": "C3", "marker": "o", "lw": 2.2},
+    "funcid-learned": {"color": "C1", "marker": "s", "lw": 2.6},
+    "aid-cg": {"color": "C2", "marker": "^", "lw": 1.2},
+    "aid-neumann": {"color": "C2", "marker": "v", "ls": ":"},
+    "aid-gmres": {"color": "C2", "marker": "d", "ls": "-."},
+    "itd": {"color": "C4", "marker": "x"},
+    "itd-remat": {"color": "C4", "marker": "+", "ls": ":"},
+    "itd-forward": {"color": "C4", "marker": "*", "ls": "-."},
+    "alternating": {"color": "black", "marker": ".", "lw": 1.0, "ls": "--", "zorder": 3},
 }
 
 
@@ -420,18 +420,14 @@ def figure(records: Sequence[store.Record], base: Cell) -> Any:
                 levels: set[float] = set()
                 for method in METHODS:
                     x, y = curve(records, method, what, factor, base, value)
-                    colour, line = STYLES[method]
                     if len(x):
                         levels |= set(x)
-                        order = 3 if method == "floor" else 2
-                        panel.plot(
-                            x, y * scale, line, color=colour, marker=".", ms=4, lw=1.3, label=method, zorder=order
-                        )
+                        panel.plot(x, y * scale, label=method, **{"ms": 5, "lw": 1.4, "zorder": 2} | STYLES[method])
                 if not levels:
                     panel.set_visible(False)  # memory was measured, time was not
                     continue
                 panel.set(xscale="log", yscale="log", ylabel=label if column == 0 else None)
-                panel.set_xlabel("K = M = T" if factor == "steps" else "depth")
+                panel.set_xlabel("steps K = M = T" if factor == "steps" else "depth (layers)")
                 panel.set_xticks(sorted(levels))
                 panel.xaxis.set_major_formatter(plain)
                 panel.xaxis.set_minor_formatter(NullFormatter())

@@ -5,15 +5,16 @@ inner and m outer samples and a fixed ridge. Here the inner level is kernel ridg
 depend on omega, the outer level the squared error of that function on other noisy targets. The population's
 hypergradient is the same computation on the nodes of a quadrature, whose weights stand in the objectives.
 
-    python benchmarks/kernel_rate.py [--out kernel_rate.png]
+    python benchmarks/kernel_rate.py [--output benchmarks/results/kernel_rate]
 
-prints one JSON line with the mean errors for n = m and the fitted slope in log-log scale, which the theory says is
--1/2.
+prints one record, a JSON line, with the mean errors for n = m and the fitted slope in log-log scale, which the theory
+says is -1/2. With a directory it also stands there, as runs.jsonl, with a table and a figure.
 """
 
 import argparse
 import json
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import funcbilevel as fb
+from funcbilevel.tasks._experiment import figures, store, table
 
 RIDGE, SIZES, SEEDS = 0.05, (25, 50, 100, 200, 400, 800), 64
 OMEGA = np.array([3.0, -1.0, 0.5])
@@ -74,34 +76,50 @@ def errors(n: int, m: int, reference: np.ndarray) -> np.ndarray:
     return np.asarray(jax.jit(lambda keys: jax.lax.map(error, keys))(jax.random.split(jax.random.key(n + m), SEEDS)))
 
 
-def main(out: str | None) -> None:
+def table_of(record: store.Record) -> str:
+    """In Markdown."""
+    metrics = record["metrics"]
+    rows = ((str(n), f"{metrics[f'error_{n}']:.4f}") for n in record["settings"]["sizes"])
+    return (
+        "# The rate of kernel bilevel optimization\n\n"
+        f"Error of the hypergradient with n inner and as many outer samples, means over {record['settings']['seeds']} "
+        f"draws. The slope in log-log scale is {metrics['slope']:.3f}, by the theory -1/2.\n\n"
+        + table.markdown(("samples of each level", "error"), rows)
+    )
+
+
+def draw(record: store.Record, path: Path) -> None:
+    """Error by samples, and the slope of the theory."""
+    sizes = np.array(record["settings"]["sizes"])
+    mean = np.array([record["metrics"][f"error_{n}"] for n in sizes])
+    with figures.drawn(path, figsize=(4.5, 3.2)) as figure:
+        axes = figure.subplots()
+        axes.loglog(sizes, mean, "o-", label=f"n = m, slope {record['metrics']['slope']:.2f}")
+        axes.loglog(sizes, mean[0] * np.sqrt(sizes[0] / sizes), "k--", label="slope -1/2")
+        axes.set(xlabel="samples of each level", ylabel="error of the hypergradient")
+        axes.legend(frameon=False)
+
+
+def main(output: Path | None) -> None:
     start = time.perf_counter()
     reference = population()
     mean = np.array([errors(n, n, reference).mean() for n in SIZES])
     slope = float(np.polyfit(np.log(SIZES), np.log(mean), 1)[0])
-    record = {
-        "task": "kernel_rate",
-        "sizes": list(SIZES),
-        "mean_error": [float(f"{x:.4g}") for x in mean],
-        "seeds": SEEDS,
-        "slope": round(slope, 3),
-        "seconds": round(time.perf_counter() - start, 1),
-    }
+    settings = {"sizes": list(SIZES), "seeds": SEEDS, "ridge": RIDGE}
+    metrics = {"slope": slope} | {f"error_{n}": error for n, error in zip(SIZES, mean, strict=True)}
+    record = store.record("kernel_rate", "funcid-kernel", 0, settings, metrics, time.perf_counter() - start)
     print(json.dumps(record))
-    if out is None:
+    if output is None:
         return
-    import matplotlib.pyplot as plt  # noqa: PLC0415
-
-    figure, axes = plt.subplots(figsize=(4.5, 3.2), layout="constrained")
-    axes.loglog(SIZES, mean, "o-", label=f"n = m, slope {slope:.2f}")
-    axes.loglog(SIZES, mean[0] * np.sqrt(SIZES[0] / np.array(SIZES)), "k--", label="slope -1/2")
-    axes.set(xlabel="samples of each level", ylabel="error of the hypergradient")
-    axes.legend()
-    figure.savefig(out, dpi=150)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "runs.jsonl").unlink(missing_ok=True)
+    store.append(output / "runs.jsonl", [record])
+    store.replace(output / "table.md", table_of(record).encode())
+    draw(record, output / "kernel_rate.png")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="The rate of kernel bilevel optimization.")
-    parser.add_argument("--out", help="where to save the figure")
+    parser.add_argument("--output", type=Path, help="directory for record, table and figure")
     with jax.enable_x64(True):
-        main(parser.parse_args().out)
+        main(parser.parse_args().output)

@@ -31,7 +31,7 @@ API = {
         "Problems and models",
         r"_(problem|model|partition|precision|variable_projection|predictor|projection|kernel.*)",
     ),
-    "solver": ("Solver and training", r"_(bilevel|train|draws|state|checkpoint|followers|log|sharding)"),
+    "solver": ("Solver and training", r"_(bilevel|train|draws|state|checkpoint|recovery|followers|log|sharding)"),
     "estimators": ("Estimators and adjoints", r"_estimators\..*"),
     "linear-solvers": ("Linear solvers", r"_(linear_solvers|nystrom.*|precondition.*)"),
     "implicit": ("Implicit layers", r"_(implicit|argmin|prox)"),
@@ -190,6 +190,7 @@ TASKS = {  # directory of records -> (title, command)
     "gates-adult": ("Feature gates on Adult", "run gates --dataset adult"),
     "arm": ("A two-link arm that tracks and saves torque", "run arm"),
     "pathways": ("Attributions inside known gene pathways", "run pathways"),
+    "cleaning": ("Data hyper-cleaning: wrong labels found by their weights", "compare cleaning"),
 }
 OTHERS = {  # further directories of records -> title
     "cartpole-tuned": "CartPole, tuned",
@@ -203,8 +204,10 @@ OTHERS = {  # further directories of records -> title
     "fairness-two-followers-race": "Two followers: sex and race",
     "gates-adult-fresh": "Feature gates on Adult, fresh seeds",
     "gates": "Feature gates on breast cancer",
+    "kernel_rate": "The rate of kernel bilevel optimization",
     "iv-10000": "dSprites, 10,000 samples",
     "peers": "Other libraries",
+    "simulated": "The field's quadratic benchmark",
     "schooling-neural": "Returns to schooling, by networks",
 }
 

@@ -8,6 +8,8 @@ from funcbilevel._bilevel import hypergradient as hypergradient
 from funcbilevel._certify import CheckedEstimator as CheckedEstimator
 from funcbilevel._certify import HypergradientCheck as HypergradientCheck
 from funcbilevel._certify import check_hypergradient as check_hypergradient
+from funcbilevel._checkpoint import Checkpoint as Checkpoint
+from funcbilevel._checkpoint import CheckpointError as CheckpointError
 from funcbilevel._cost import Cost as Cost
 from funcbilevel._cost import CostTable as CostTable
 from funcbilevel._cost import compare_costs as compare_costs
@@ -60,6 +62,8 @@ from funcbilevel._linear_solvers import identity as identity
 from funcbilevel._linear_solvers import neumann as neumann
 from funcbilevel._linear_solvers import normal_cg as normal_cg
 from funcbilevel._linear_solvers import nystrom_cg as nystrom_cg
+from funcbilevel._log import log_jsonl as log_jsonl
+from funcbilevel._log import log_tensorboard as log_tensorboard
 from funcbilevel._methods import Method as Method
 from funcbilevel._methods import MethodTable as MethodTable
 from funcbilevel._methods import methods as methods
@@ -81,6 +85,9 @@ from funcbilevel._prox import projection_affine as projection_affine
 from funcbilevel._prox import prox_group_lasso as prox_group_lasso
 from funcbilevel._prox import prox_l1 as prox_l1
 from funcbilevel._prox import proximal as proximal
+from funcbilevel._recovery import Rollback as Rollback
+from funcbilevel._sharding import data_parallel as data_parallel
+from funcbilevel._sharding import fully_sharded as fully_sharded
 from funcbilevel._state import state_from_arrays as state_from_arrays
 from funcbilevel._state import state_to_arrays as state_to_arrays
 from funcbilevel._stochastic.amigo import amigo as amigo
@@ -111,6 +118,8 @@ __all__ = [
     "BilevelSolver",
     "BilevelState",
     "CheckedEstimator",
+    "Checkpoint",
+    "CheckpointError",
     "Cost",
     "CostTable",
     "Diagnosis",
@@ -135,6 +144,7 @@ __all__ = [
     "ParametricProblem",
     "Partition",
     "Predictor",
+    "Rollback",
     "Sampler",
     "StopTraining",
     "aid",
@@ -151,6 +161,7 @@ __all__ = [
     "custom_fixed_point",
     "custom_root",
     "darts",
+    "data_parallel",
     "diagnose",
     "evolution_strategy",
     "f2sa",
@@ -162,6 +173,7 @@ __all__ = [
     "from_linen",
     "from_nnx",
     "fsla",
+    "fully_sharded",
     "funcid",
     "gaussian_kernel",
     "gmres",
@@ -177,6 +189,8 @@ __all__ = [
     "learned_adjoint",
     "linear_adjoint",
     "linear_kernel",
+    "log_jsonl",
+    "log_tensorboard",
     "ma_soba",
     "matern_kernel",
     "measure_costs",

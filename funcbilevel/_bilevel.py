@@ -177,17 +177,26 @@ class Setup(NamedTuple):
     Attributes:
         problem, model, estimator: as given.
         seen: `(outer_params, outer_model_state, inner_batch, key)` -> what the objectives get for omega, and more.
+        step: the solver's own, by which it is told from one that was wrapped.
+        scaled: scale -> the same solver, with the updates of both optimizers multiplied by it.
     """
 
     problem: Problem
     model: Model | None
     estimator: Estimator
     seen: Callable[[OuterParams, ModelState, Batch, Key], tuple[PyTree, ModelState, Any]]
+    step: Callable[..., Any]
+    scaled: Callable[[float], "BilevelSolver"]
 
 
 class _Init(Protocol):
     def __call__(
-        self, key: Key, outer_params: OuterParams, inner_batch: Batch, inner_params: InnerParams | None = None
+        self,
+        key: Key,
+        outer_params: OuterParams,
+        inner_batch: Batch,
+        inner_params: InnerParams | None = None,
+        outer_batch: Batch = None,
     ) -> BilevelState: ...
 
 
@@ -201,9 +210,10 @@ class BilevelSolver(NamedTuple):
     """A bilevel solver as pure functions, in the manner of `optax.GradientTransformation`.
 
     Attributes:
-        init: `(key, outer_params, inner_batch, inner_params=None) -> state`. inner_params default to the model's
-            initial ones; with a `ParametricProblem` they must be given, and inner_batch may be None. outer_params may
-            be None with an `outer_model`: its initial ones.
+        init: `(key, outer_params, inner_batch, inner_params=None, outer_batch=None) -> state`. inner_params default to
+            the model's initial ones; with a `ParametricProblem` they must be given, and inner_batch may be None.
+            outer_params may be None with an `outer_model`: its initial ones. Only solvers that keep a memory of the
+            outer samples look at outer_batch.
         step: `(state, inner_batch, outer_batch) -> (state, metrics)`, one outer step. Jit it.
         run: `(state, inner_batches, outer_batches) -> (state, metrics)`, one scan over the leading axis of the batches;
             metrics have that leading axis too. (A `Sampler` or a `FiniteSum` is one for all steps; where both are, pass
@@ -334,8 +344,13 @@ def bilevel(
         return FitState(theta, inner_optimizer.init(theta), ())
 
     def init(
-        key: Key, outer_params: OuterParams, inner_batch: Batch, inner_params: InnerParams | None = None
+        key: Key,
+        outer_params: OuterParams,
+        inner_batch: Batch,
+        inner_params: InnerParams | None = None,
+        outer_batch: Batch = None,
     ) -> BilevelState:
+        del outer_batch
         check_key("init", key, outer_params)
         key, model_key, estimator_key = jax.random.split(key, 3)
         check_draws("init", inner_batch, inner_steps)
@@ -484,12 +499,41 @@ def bilevel(
     ) -> tuple[BilevelState, Metrics]:
         return run_steps(step, state, inner_batches, outer_batches, num_steps)
 
+    def scaled(scale: float) -> BilevelSolver:
+        return bilevel(
+            problem,
+            model,
+            estimator,
+            inner_optimizer=_times(inner_optimizer, scale),
+            outer_optimizer=_times(outer_optimizer, scale),
+            inner_steps=inner_steps,
+            inner_init=inner_init,
+            outer_model=outer_model,
+            outer_inputs=outer_inputs,
+        )
+
     solver: Any = BilevelSolver(init, step, run)
-    solver.init.setup = Setup(problem, model, estimator, seen)  # for `diagnose`, as its description is for `repr`
+    # For `diagnose` and `Rollback`, as its description is for `repr`.
+    solver.init.setup = Setup(problem, model, estimator, seen, step, scaled)
     return solver
 
 
 _DRAW_STREAM, _INIT_STREAM = 0xD7A, 0x1217  # keep these keys apart from those of the inner steps
+
+
+def _times(optimizer: optax.GradientTransformation, scale: float) -> optax.GradientTransformation:
+    """The optimizer with its updates multiplied by `scale`, and the same state and signature."""
+
+    def update(*args: Any, **kwargs: Any) -> Any:
+        updates, state = optimizer.update(*args, **kwargs)
+        return jax.tree.map(lambda x: jnp.asarray(scale, x.dtype) * x, updates), state
+
+    signature = signature_of(optimizer.update)
+    if signature is not None:
+        update.__signature__ = signature  # pyright: ignore[reportFunctionMemberAccess]
+    takes_more = isinstance(optimizer, optax.GradientTransformationExtraArgs)
+    kind = optax.GradientTransformationExtraArgs if takes_more else optax.GradientTransformation
+    return kind(optimizer.init, update)
 
 
 def _takes_outer_params(optimizer: optax.GradientTransformation | None) -> bool:

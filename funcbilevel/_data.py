@@ -1,11 +1,13 @@
 """What `train` gets as data: pairs of batches, compared with what the solver was started with, and stacked."""
 
+import copy
+import itertools
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from types import MethodType
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -181,17 +183,150 @@ def faulty_leaf(name: str, batch: Batch) -> str | None:
     return None
 
 
+# An iterator, chunk by chunk.
+
+
+class Position(NamedTuple):
+    """How far a run has come.
+
+    Attributes:
+        done: its outer steps.
+        pulled: pairs of batches taken from its iterator: more than `done` after a rollback.
+        iterator: what `get_state` of the iterator gave then; None: it has no such method.
+        rollbacks: how often it went back after NaN.
+        again: how often since it last got beyond a fault by as many steps as lie between two checkpoints.
+        fault: the step of the last fault.
+        ended: whether its callback ended it.
+    """
+
+    done: int = 0
+    pulled: int = 0
+    iterator: Any = None
+    rollbacks: int = 0
+    again: int = 0
+    fault: int = 0
+    ended: bool = False
+
+
+class Feed:
+    """Takes pairs from an iterator, compares them with the first, and stacks those of a chunk.
+
+    Attributes:
+        pulled: pairs taken so far, those of earlier calls of the same run included.
+        can_go_back: whether the iterator has `get_state` and `set_state`.
+    """
+
+    def __init__(
+        self,
+        batches: Iterator[Any],
+        data: Any,
+        form: Form,
+        seeds: tuple[int, ...],
+        chunk: int,
+        put: Callable[[Pair], Pair] | None = None,
+    ) -> None:
+        self._batches: Any = batches
+        self._put = put
+        self._data, self._form, self._seeds, self._chunk = data, form, seeds, chunk
+        self._expected: Signature | None = None  # of a pair
+        self._structure: Any = None  # of a chunk of them
+        self._ahead: tuple[Pair | None, int, Any] | BaseException | None = None
+        self.pulled = 0
+        self.can_go_back = all(callable(getattr(batches, name, None)) for name in ("get_state", "set_state"))
+        self._iterator = self._state()
+
+    def _state(self) -> Any:
+        return copy.deepcopy(self._batches.get_state()) if self.can_go_back else None
+
+    def position(self) -> Position:
+        """Behind the last pair that was taken."""
+        return Position(pulled=self.pulled, iterator=self._iterator)
+
+    def go_to(self, position: Position) -> str:
+        """Brings a new iterator to a place in the run; says how, where that may take long."""
+        if position.iterator is not None and not self.can_go_back:
+            raise ValueError(
+                "train: data must be an iterator with get_state and set_state, as the run's was at its checkpoint, got "
+                f"{type(self._batches).__name__}; pass one of the same kind."
+            )
+        if self.can_go_back and position.iterator is not None:
+            self.go_back(position)
+            return ""
+        for i in range(position.pulled):
+            if next(self._batches, self) is self:
+                raise ValueError(
+                    f"train: data must have the {position.pulled} pairs that the run had taken at its checkpoint, but "
+                    f"ended after {i}; pass the same iterator, from its beginning."
+                )
+        self.pulled, self._iterator = position.pulled, self._state()
+        return f"; data was read on to its pair {self.pulled}, since it has no set_state"
+
+    def go_back(self, position: Position) -> None:
+        """To a place in the run, if the iterator can; it goes on where it is if not."""
+        if self.can_go_back:
+            self._batches.set_state(copy.deepcopy(position.iterator))
+            self._ahead, self.pulled, self._iterator = None, position.pulled, position.iterator
+
+    def take(self, size: int, step: int) -> tuple[Pair | None, int]:
+        """The stacked pairs of the next `size` steps, padded to a chunk, and how many they are: fewer at data's end."""
+        got = self._pull(size, step) if self._ahead is None else self._ahead
+        self._ahead = None
+        if isinstance(got, BaseException):
+            raise got
+        stacked, taken, self._iterator = got
+        self.pulled += taken
+        return stacked, taken
+
+    def fetch(self, size: int, step: int) -> None:
+        """Pulls what `take` is to give next, while the devices are busy; what it raises comes up there."""
+        try:
+            self._ahead = self._pull(size, step)
+        except BaseException as error:
+            self._ahead = error
+
+    def _pull(self, size: int, step: int) -> tuple[Pair | None, int, Any]:
+        """Looks at all pairs of a chunk together, and at each alone only where they are not all just alike."""
+        pairs = [p if type(p) is tuple and len(p) == 2 else read_pair(p) for p in itertools.islice(self._batches, size)]
+        taken = len(pairs)
+        if not taken:
+            return None, 0, self._state()
+        if self._expected is None:
+            check_form(self._form, pairs[0], self._seeds, self._data)
+            self._expected = signature(pairs[0])
+            self._structure = jax.tree.structure(pairs[:1] * self._chunk)
+        pairs += pairs[-1:] * (self._chunk - taken)  # padded, so that a short chunk needs no other program
+        leaves, structure = jax.tree.flatten(pairs)
+        columns = [leaves[i :: len(leaves) // len(pairs)] for i in range(len(leaves) // len(pairs))]
+        one, shapes = self._expected
+        if structure != self._structure or not all(map(_all_alike, columns, shapes)):
+            for i, pair in enumerate(pairs[:taken]):
+                check_alike(signature(pair), self._expected, step + i)
+        stacked = jax.tree.unflatten(one, [stack_leaf(column) for column in columns])
+        return (stacked if self._put is None else self._put(stacked)), taken, self._state()
+
+
+def _all_alike(column: list[Any], expected: tuple[tuple[int, ...], Any]) -> bool:
+    """Whether leaves are of one type, with the shape that is expected, and a dtype that comes to what is expected."""
+    if len(set(map(type, column))) > 1:
+        return False
+    if not isinstance(column[0], (np.ndarray, jax.Array)):
+        return (np.shape(column[0]), _dtype(column[0])) == expected and np.isscalar(column[0])
+    return (
+        {x.shape for x in column} == {expected[0]}
+        and len({x.dtype for x in column}) == 1
+        and (_dtype(column[0]) == expected[1])
+    )
+
+
 # Batches of several steps in one array.
 
 _AT_ONCE = 32  # XLA takes long to compile a stack of a thousand arrays
 
 
-def stack(pairs: list[Pair]) -> Pair:
-    """Leaves with the steps as leading axis: NumPy arrays on the host, device arrays where and how they are."""
-    return jax.tree.map(lambda *leaves: _stack_leaf(leaves), *pairs)
-
-
-def _stack_leaf(leaves: tuple[Any, ...]) -> Any:
+def stack_leaf(leaves: Sequence[Any]) -> Any:
+    """One leaf of several steps, which become its leading axis: NumPy's on the host, others where and how they are."""
+    if set(map(type, leaves)) == {np.ndarray}:
+        return _stack_on_host(leaves)
     sharding = next((leaf.sharding for leaf in leaves if isinstance(leaf, jax.Array)), None)
     if sharding is None:
         return np.stack(leaves)
@@ -200,6 +335,13 @@ def _stack_leaf(leaves: tuple[Any, ...]) -> Any:
     if len(arrays) <= _AT_ONCE:
         return stack(arrays)
     return concatenate([stack(arrays[i : i + _AT_ONCE]) for i in range(0, len(arrays), _AT_ONCE)])
+
+
+def _stack_on_host(leaves: Sequence[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
+    """`np.stack`, which looks at every array, in one copy of those that have a first axis."""
+    if leaves[0].ndim == 0:
+        return np.stack(leaves)
+    return np.concatenate(leaves).reshape(len(leaves), *leaves[0].shape)
 
 
 def _beside(leaf: Any, sharding: Sharding) -> jax.Array:

@@ -130,7 +130,7 @@ _LAST = 2**31 - 1  # of stacked batches the last
 
 
 def _measure(setup: Setup, state: BilevelState, inner_batch: Batch, outer_batch: Batch) -> dict[str, jax.Array]:
-    problem, model, estimator, seen = setup
+    problem, model, estimator, seen, *_ = setup
     theta, model_state = state.inner_params, state.model_state
     omega, _, _ = seen(state.outer_params, state.outer_model_state, inner_batch, state.key)
     parametric = as_parametric(problem, model, model_state, inner_batch)

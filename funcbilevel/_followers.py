@@ -85,16 +85,21 @@ def followers(
     outer_update = optax.with_extra_args_support(outer_optimizer).update
 
     def init(
-        key: Key, outer_params: OuterParams, inner_batch: Batch, inner_params: InnerParams | None = None, **batches: Any
+        key: Key,
+        outer_params: OuterParams,
+        inner_batch: Batch,
+        inner_params: InnerParams | None = None,
+        outer_batch: Batch = None,
     ) -> BilevelState:
         check_key("init", key, outer_params)
         omega = as_float_tree("init", "outer_params", outer_params)
         start: Any = dict.fromkeys(solvers) if inner_params is None else inner_params
-        for argument, value in {"inner_batch": inner_batch, "inner_params": start, **batches}.items():
+        above: Any = dict.fromkeys(solvers) if outer_batch is None else outer_batch
+        for argument, value in (("inner_batch", inner_batch), ("inner_params", start), ("outer_batch", above)):
             _check_names("init", argument, value, solvers)
         key, *keys = jax.random.split(key, 1 + len(solvers))
         states = {
-            k: solver.init(own, omega, inner_batch[k], start[k], **{name: value[k] for name, value in batches.items()})
+            k: solver.init(own, omega, inner_batch[k], start[k], above[k])
             for own, (k, solver) in zip(keys, solvers.items(), strict=True)
         }
         return BilevelState(

@@ -10,8 +10,13 @@ import numpy as np
 HostMetrics: TypeAlias = dict[str, np.ndarray[Any, Any]]
 
 
+_AT_FIRST = 2**20
+
+
 class History:
-    """Metrics of the steps so far, in arrays that double until they hold `limit` steps.
+    """Metrics of the steps so far, in arrays for a million, which double from there until they hold `limit` steps.
+
+    Memory that has not been written to yet costs nothing.
 
     They are copies: an array that came from a device would keep its buffer there alive.
     """
@@ -25,15 +30,23 @@ class History:
         """Adds the steps of a chunk, the leading axis of metrics."""
         size = len(next(iter(metrics.values())))
         end = self.length + size
+        if self._arrays and set(metrics) != set(self._arrays):
+            raise ValueError(f"train: metrics were {', '.join(self._arrays)}, and are now {', '.join(metrics)}.")
         for name, values in metrics.items():
             array = self._arrays.get(name)
             if array is None or len(array) < end:
-                grown = np.empty((min(self._limit, max(2 * self.length, end)), *values.shape[1:]), values.dtype)
+                grown = np.empty(
+                    (min(self._limit, max(2 * self.length, end, _AT_FIRST)), *values.shape[1:]), values.dtype
+                )
                 if array is not None:
                     grown[: self.length] = array[: self.length]
                 self._arrays[name] = array = grown
             array[self.length : end] = values
         self.length = end
+
+    def cut(self, length: int) -> None:
+        """Forgets the steps after the first `length`."""
+        self.length = length
 
     def view(self) -> HostMetrics:
         """All steps so far, as views that the next `append` may leave behind."""
@@ -57,6 +70,11 @@ _HINTS = {
     "outer": "lower the outer learning rate or clip its gradient; under fb.itd through Adam, give Adam an eps_root",
 }
 _GROWTH, _HUGE = 1e6, 1e16  # an objective that has grown by the one, or beyond the other, has exploded
+
+
+def broken_at_the_end(metrics: HostMetrics) -> np.ndarray[Any, Any]:
+    """Whether the last step had a fault; for each seed."""
+    return ~np.all([metrics[f"{level}_finite"][-1] for level in _LEVELS], axis=0)
 
 
 def first_fault(metrics: HostMetrics, start: int) -> tuple[int, ...] | None:

@@ -65,8 +65,8 @@ def cg(
 
     Where the curvature along a step's direction is negative, or zero to rounding, there is nothing to minimise, and the
     solver stops. Then, and where its last iterate is worse than zero, as on batches of fewer samples than parameters,
-    it gives the average of its iterates that has the smallest residual: `linear_residual` is at most 1, and
-    `linear_converged` in the metrics is false.
+    it gives the least residual of the directions that are not flatter than a tenth of the steepest, as damping would:
+    `linear_residual` is at most 1, and `linear_converged` in the metrics is false.
 
     Arguments:
         num_steps: largest number of steps K >= 1.
@@ -480,9 +480,12 @@ class CGState(NamedTuple):
         p: the next direction.
         rr: <r, r>.
         rz: <r, z>, z the preconditioned residual.
-        smooth, s: an average of the solutions so far, zero included, and its residual, no larger than any of theirs.
+        smooth, s: an average of the solutions as long as they were `steep`, and its residual.
+        weight: 1 / (the sum of 1 / rz over the solutions in the average).
         largest: the largest curvature <p, A p> / <p, p> along a direction so far.
         positive: whether the last direction's was positive; if not, its step was not made.
+        steep: whether every direction's was a tenth of the largest at least.
+        safe: whether every direction's was well above rounding error.
     """
 
     steps: jax.Array
@@ -493,8 +496,15 @@ class CGState(NamedTuple):
     rz: jax.Array
     smooth: PyTree
     s: PyTree
+    weight: jax.Array
     largest: jax.Array
     positive: jax.Array
+    steep: jax.Array
+    safe: jax.Array
+
+
+_STEEP = 0.1
+"""Of the largest curvature: what is flatter has no part in the answer where there is no solution."""
 
 
 def conjugate_gradients(
@@ -510,11 +520,13 @@ def conjugate_gradients(
 
     It also stops at a direction of negative curvature, or of one that is rounding error beside the largest so far (to
     the power of `power`, for an A that is one of a matrix): there A is not positive definite, and what the last
-    iterates minimise has no minimum. Then, and where the last residual is larger than |b|, the answer is the average of
-    the iterates by minimal residual smoothing (Zhou and Walker, SIAM J. Sci. Comput. 1994), which MINRES would give:
-    its residual falls in every step, and never exceeds that of zero or of the start. So it is where A is singular and b
-    not in its range, as for the Hessian of a batch with fewer samples than parameters: the iterates themselves grow
-    without limit.
+    iterates minimise has no minimum. Then, and where the last residual is larger than |b| (than |b| / 10, after a
+    direction whose curvature was nearly rounding error), the iterates grow without limit: A is singular and b not in
+    its range, as for the Hessian of a batch with fewer samples than parameters. The answer is then the average of the
+    first iterates with weights 1 / <r, z> (Zhou and Walker, SIAM J. Sci. Comput. 1994), up to the first direction that
+    is flatter than a tenth of the steepest so far. As the residuals are orthogonal, it has the least residual of all
+    averages, that of MINRES, which falls in every step and never exceeds that of zero or of the start; and the end
+    before flat directions does what damping would: on noisy batches their large steps are noise.
 
     A start with a larger residual than zero's is dropped. What one batch's solution holds in the null space of its
     matrix is large for the next batch's, and would grow from batch to batch without limit.
@@ -544,11 +556,14 @@ def conjugate_gradients(
             return (state.steps < num_steps) & ((state.rr > least) | (state.steps < 0)) & state.positive
 
         def step(state: CGState) -> CGState:
-            steps, u, r, p, _, rz, smooth, s, largest, _ = state
+            steps, u, r, p, _, rz, smooth, s, weight, largest, _, steep, safe = state
             Ap = matvec(p)
             pAp, pp = tree_vdot(p, Ap), tree_vdot(p, p)
             largest = jnp.maximum(largest, pAp / pp)
             positive = pAp > negligible * largest * pp
+            # A step along which A is nearly rounding error goes far, and what it gains is an accident.
+            safe = safe & ((pAp > negligible**0.5 * largest * pp) | (steps < 0))
+            steep = steep & ((pAp > _STEEP * largest * pp) | (steps < 0))
             alpha = jnp.where(positive, rz / jnp.where(positive, pAp, 1.0), 0.0)
             to_start = steps < 0
             positive, alpha, largest = (
@@ -562,20 +577,37 @@ def conjugate_gradients(
             (u, r), rr = tree_where(worse, (u, r), there), jnp.where(worse, bb, rr)
             z, after = preconditioned(r, rr)
             p = tree_where(to_start, z, tree_add_scaled(z, after / rz, p))
-            away, change = tree_add_scaled(u, -1.0, smooth), tree_add_scaled(r, -1.0, s)
-            squared = tree_vdot(change, change)
-            # The average goes no way along which A is rounding error: the residual would gain by accident.
-            usable = jnp.isfinite(squared) & (squared > negligible * largest**2 * tree_vdot(away, away))
-            eta = jnp.where(usable, -tree_vdot(s, change) / jnp.where(usable, squared, 1.0), 0.0)
-            averaged = tree_add_scaled(smooth, eta, away), tree_add_scaled(s, eta, change)
-            smooth, s = tree_where(usable, averaged, (smooth, s))
-            return CGState(steps + 1, u, r, p, rr, after, smooth, s, largest, positive & jnp.isfinite(after))
+            joint = jnp.where(to_start, after, weight * (after / (weight + after)))
+            eta = jnp.where(to_start, 1.0, jnp.where(steep & (after > 0), joint / after, 0.0))
+            smooth, s = (
+                tree_add_scaled(old, eta, tree_add_scaled(new, -1.0, old)) for old, new in ((smooth, u), (s, r))
+            )
+            weight = jnp.where(eta > 0, joint, weight)
+            return CGState(
+                steps + 1, u, r, p, rr, after, smooth, s, weight, largest, positive & jnp.isfinite(after), steep, safe
+            )
 
         z, rz = preconditioned(b, bb)
         first, p = (0, z) if initial is None else (-1, initial)
-        start = CGState(jnp.asarray(first), zero, b, p, bb, rz, zero, b, jnp.zeros_like(bb), jnp.isfinite(rz))
+        start = CGState(
+            jnp.asarray(first),
+            zero,
+            b,
+            p,
+            bb,
+            rz,
+            zero,
+            b,
+            rz,
+            jnp.zeros_like(bb),
+            jnp.isfinite(rz),
+            jnp.asarray(True),
+            jnp.asarray(True),
+        )
         end = jax.lax.while_loop(running, step, start)
-        return tree_where(end.positive & (end.rr <= bb), end.u, end.smooth)
+        average = tree_where(tree_vdot(end.s, end.s) <= bb, end.smooth, zero)  # rounding, or a preconditioner
+        sound = end.positive & (end.rr <= jnp.where(end.safe, 1.0, 0.01) * bb)
+        return tree_where(sound, end.u, average)
 
     return jax.lax.custom_linear_solve(matvec, rhs, loop, symmetric=True)
 

@@ -41,16 +41,16 @@ def state_to_arrays(state: PyTree) -> Arrays:
     """
     arrays: Arrays = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
-        name = _name(path)
+        name = leaf_name(path)
         if name in arrays:
             raise ValueError(f"state_to_arrays: two leaves of state have the path {name!r}; rename one of them.")
-        array = np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
+        array = np.asarray(jax.random.key_data(leaf) if is_key(leaf) else leaf)
         if not (jnp.issubdtype(array.dtype, jnp.number) or array.dtype == np.bool_):
             raise TypeError(
                 f"state_to_arrays: state must hold arrays, numbers and keys, got {type(leaf).__name__} at {name!r}; "
                 "take it out, and save it beside the arrays."
             )
-        arrays[name] = np.array(array.view(_stored_dtype(array.dtype)))
+        arrays[name] = np.array(array.view(stored_dtype(array.dtype)))
     return arrays
 
 
@@ -76,7 +76,7 @@ def state_from_arrays(arrays: Mapping[str, Any], like: PyTree) -> PyTree:
         Array(True, dtype=bool)
     """
     leaves, structure = jax.tree_util.tree_flatten_with_path(like)
-    names = [_name(path) for path, _ in leaves]
+    names = [leaf_name(path) for path, _ in leaves]
     missing, extra = sorted(set(names) - set(arrays)), sorted(set(arrays) - set(names))
     if missing or extra:
         raise ValueError(
@@ -88,17 +88,17 @@ def state_from_arrays(arrays: Mapping[str, Any], like: PyTree) -> PyTree:
 
 
 def _restored(name: str, array: np.ndarray[Any, Any], leaf: Any) -> Any:
-    shapes = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
+    shapes = jax.eval_shape(jax.random.key_data, leaf) if is_key(leaf) else leaf
     shape, dtype = np.shape(shapes), shapes.dtype if hasattr(shapes, "dtype") else np.asarray(shapes).dtype
     if array.shape != shape:
         raise ValueError(
             f"state_from_arrays: arrays[{name!r}] must have shape {shape}, got {array.shape}; it belongs to another "
             "solver, number of seeds, model, or kind of key."
         )
-    if array.dtype not in (dtype, _stored_dtype(dtype)):
+    if array.dtype not in (dtype, stored_dtype(dtype)):
         raise TypeError(
-            f"state_from_arrays: arrays[{name!r}] must have dtype {_stored_dtype(dtype)}"
-            f"{'' if _stored_dtype(dtype) == dtype else f' (the bits of {dtype})'}, got {array.dtype}; it belongs to a "
+            f"state_from_arrays: arrays[{name!r}] must have dtype {stored_dtype(dtype)}"
+            f"{'' if stored_dtype(dtype) == dtype else f' (the bits of {dtype})'}, got {array.dtype}; it belongs to a "
             "run with another precision."
         )
     array = array.view(dtype)
@@ -106,20 +106,23 @@ def _restored(name: str, array: np.ndarray[Any, Any], leaf: Any) -> Any:
         return array.copy()
     if not hasattr(leaf, "dtype"):  # a number of Python's
         return array.item()
-    value = jnp.asarray(array)
-    if _is_key(leaf):
-        value = jax.random.wrap_key_data(value, impl=_implementation(leaf))
+    value = with_kind_of(leaf, jnp.asarray(array))
     sharding = getattr(leaf, "sharding", None)
     return value if sharding is None or len(sharding.device_set) == 1 else jax.device_put(value, sharding)
 
 
-def _name(path: tuple[Any, ...]) -> str:
+def with_kind_of(leaf: Any, array: jax.Array) -> jax.Array:
+    """A typed key made of its data, if the leaf is one; else the array."""
+    return jax.random.wrap_key_data(array, impl=_implementation(leaf)) if is_key(leaf) else array
+
+
+def leaf_name(path: tuple[Any, ...]) -> str:
     """'a/0/b', in which '/' within a name is '~1' and '~' is '~0', as in JSON pointers."""
     parts = (jax.tree_util.keystr((key,), simple=True) for key in path)
     return "/".join(part.replace("~", "~0").replace("/", "~1") for part in parts)
 
 
-def _is_key(leaf: Any) -> bool:
+def is_key(leaf: Any) -> bool:
     return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
@@ -130,7 +133,7 @@ def _implementation(leaf: Any) -> Any:
     return found[0]
 
 
-def _stored_dtype(dtype: Any) -> np.dtype[Any]:
+def stored_dtype(dtype: Any) -> np.dtype[Any]:
     """The dtype itself if it is NumPy's own, and unsigned integers of that size if not."""
     dtype = np.dtype(dtype)
     return dtype if dtype.isbuiltin == 1 else np.dtype(f"u{dtype.itemsize}")

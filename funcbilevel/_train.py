@@ -1,6 +1,5 @@
 """The host's side of training: jitted chunks of steps, with progress, logging and checkpoints in between."""
 
-import itertools
 import math
 import signal
 import sys
@@ -18,11 +17,11 @@ import numpy as np
 from funcbilevel._arguments import check_callable, check_number
 from funcbilevel._bilevel import BilevelSolver, BilevelState
 from funcbilevel._check import warn_of_run
+from funcbilevel._checkpoint import Checkpoint, CheckpointError, Position, Store, say
 from funcbilevel._data import (
     DataFunction,
+    Feed,
     Pair,
-    Signature,
-    check_alike,
     check_form,
     check_not_itself_a_pair,
     faulty_leaf,
@@ -30,11 +29,11 @@ from funcbilevel._data import (
     on_the_devices_of,
     read_data,
     read_pair,
-    signature,
-    stack,
     warn_of_frozen_draws,
 )
-from funcbilevel._history import History, HostMetrics, fault_message, first_fault
+from funcbilevel._history import History, HostMetrics, broken_at_the_end, fault_message, first_fault
+from funcbilevel._identity import identity
+from funcbilevel._recovery import Rollback, check_can_scale, refreshed, with_smaller_steps
 from funcbilevel._typing import Batch, Key, Metrics
 
 Callback: TypeAlias = Callable[[BilevelState, HostMetrics], Any]
@@ -67,7 +66,9 @@ def train(
     chunk: int = 100,
     callback: Callback | None = None,
     progress: bool | None = None,
-    on_nonfinite: Literal["raise", "continue"] = "raise",
+    on_nonfinite: Literal["raise", "continue"] | Rollback = "raise",
+    checkpoint: Checkpoint | None = None,
+    prefetch: bool = False,
 ) -> tuple[BilevelState, HostMetrics]:
     """Runs outer steps in jitted chunks and comes back to the host between them.
 
@@ -94,14 +95,26 @@ def train(
             axis. The state's buffers are reused by the next chunk: copy what must outlive the call. The run ends
             when it returns True or raises `StopTraining`.
         progress: whether to show a progress bar with the objectives on stderr; None: if stderr is a terminal.
-        on_nonfinite: "raise" a `NonFiniteError` that names the step and the level, or "continue" with a warning
-            that does (outer_params keep their last finite value either way).
+        on_nonfinite: "raise" a `NonFiniteError` that names the step and the level; "continue" with a warning that
+            does; or go back, by a `Rollback`. outer_params keep their last finite value in any case. A run that goes on
+            and is still broken at the end of a chunk gets fresh moments of its optimizers and a fresh warm start of its
+            estimator, which may have caused it.
+        checkpoint: where to save the run, so that the same call, made again, goes on from there: see `Checkpoint`. Its
+            result is then, bit for bit, that of a run in one piece, all metrics included. `state` and `data` must be
+            those of the run's beginning. An iterator with `get_state` and `set_state` is set to where it was; another
+            one is read on to that place. The callback sees only the steps that are made now; where it ends the run,
+            the run has ended for later calls too. Ctrl-C and SIGTERM finish the running chunk, save, and end the
+            process as usual, by `KeyboardInterrupt` and `SystemExit(143)`; a second one does not wait.
+        prefetch: whether to pull and stack the batches of the next chunk while the devices are busy with this one. The
+            iterator must not depend on what the callback does, and is up to a chunk ahead where a run ends early.
 
     Returns:
         The last state, and all metrics with the outer steps as leading axis.
 
     Raises:
-        NonFiniteError: NaN or inf in a level, with `on_nonfinite="raise"`. It carries state and metrics.
+        NonFiniteError: NaN or inf in a level, with `on_nonfinite="raise"`, or once more than a `Rollback` allows. It
+            carries state and metrics.
+        CheckpointError: a checkpoint cannot be written, is damaged, or is of another run. Earlier ones stay.
         ValueError, TypeError: an argument is out of range or of the wrong kind.
 
         Whatever ends the run, from data, from the callback or by Ctrl-C (which waits for the running chunk; a second
@@ -109,7 +122,7 @@ def train(
         so. An error inside the compiled program, such as that of a host callback, has lost the state: it is None.
 
     Warns:
-        UserWarning: the iterable ended early (what was done is returned); NaN with `on_nonfinite="continue"`; a
+        UserWarning: the iterable ended early (what was done is returned); NaN, where it does not raise; a
             function that draws by other means than its key, which would give the same numbers at every step; an
             assumption of the estimator that plainly fails: in the last tenth of a run of thirty steps or more the inner
             solutions are not stationary (`inner_gradient_relative` > 0.05), or the batches of `pointwise_adjoint`
@@ -145,62 +158,220 @@ def train(
     """
     check_number("train", "num_outer_steps", num_outer_steps)
     check_number("train", "chunk", chunk)
-    if on_nonfinite not in ("raise", "continue"):
-        raise ValueError(f'train: on_nonfinite must be "raise" or "continue", got {on_nonfinite!r}.')
+    _check_policies(solver, on_nonfinite, checkpoint)
     if callback is not None:
         check_callable("train", "callback", callback, "state, metrics")
-    chunk = min(chunk, num_outer_steps)
-    sampler, batches = read_data(data)
-    if batches is not None and not state.batch_form:
-        check_not_itself_a_pair(solver.step, state, data)
-    run_chunk = _compiled(_stacked_chunk if sampler is None else _sampled_chunk, solver, chunk)
-
-    state = jax.tree.map(jnp.copy, state)
-    history = History(num_outer_steps)
-    expected: Signature | None = None
+    run = _Run(solver, state, data, num_outer_steps, chunk, on_nonfinite, checkpoint, prefetch)
+    del state  # the run has its own; where nobody else holds the given one, its memory is free
     try:
-        with _ProgressBar(num_outer_steps) if _show(progress) else nullcontext() as bar:
-            while history.length < num_outer_steps:
-                start = history.length
-                size = min(chunk, num_outer_steps - start)
-                source: Any = sampler
-                if batches is not None:
-                    pairs: list[Pair] = []
-                    for pair in map(read_pair, itertools.islice(batches, size)):
-                        if expected is None:
-                            check_form(state.batch_form, pair, state.step.shape, data)
-                            expected = signature(pair)
-                        check_alike(signature(pair), expected, start + len(pairs))
-                        pairs.append(pair)
-                    if len(pairs) < size:
-                        warnings.warn(_ended(start + len(pairs), num_outer_steps, data), stacklevel=2)
-                        num_outer_steps = start + (size := len(pairs))
-                        if not pairs:
-                            break
-                    # Padded, so that the last chunk needs no other program.
-                    source = stack(pairs + [pairs[-1]] * (chunk - size))
-                    if start == 0:
-                        state = on_the_devices_of(source, state)
-                with _interrupts_wait():
-                    new_state, values = run_chunk(state, size, source)
-                    metrics = {name: np.array(x[:size]) for name, x in jax.device_get(values).items()}
-                    history.append(metrics)
-                    state = new_state
-                if (fault := first_fault(history.view(), start)) is not None:
-                    message = _fault_message(history, fault, state, source, start)
-                    if on_nonfinite == "raise":
-                        raise NonFiniteError(message, state, history.arrays())
-                    warnings.warn(message, stacklevel=2)
-                if bar is not None:
-                    bar.update(history.length, metrics)
-                if callback is not None and _stops(callback, state, metrics):
-                    break
+        with (
+            _Signals(checkpoint is not None) as signals,
+            _ProgressBar(num_outer_steps) if _show(progress) else nullcontext() as bar,
+        ):
+            run.resume()
+            while run.goes_on:
+                metrics = run.chunk(signals)
+                if metrics is not None and bar is not None:
+                    bar.update(run.history.length, metrics)
+                ended = metrics is not None and callback is not None and _stops(callback, run.state, metrics)
+                if ended:
+                    run.end()
+                run.save(now=bool(signals) or ended or not run.goes_on)
+                if signals:
+                    run.stop(signals[0])
+            run.close()
+            if signals:  # that came while the last checkpoint was written
+                run.stop(signals[0])
     except BaseException as error:
-        _hand_over(error, state, history)
+        _hand_over(error, run.state, run.history)
+        try:
+            run.close()
+        except CheckpointError as another:
+            error.add_note(str(another))
         raise
-    all_metrics = history.arrays()
+    all_metrics = run.history.arrays()
     warn_of_run("train", all_metrics)
-    return state, all_metrics
+    return run.state, all_metrics
+
+
+def _check_policies(solver: BilevelSolver, on_nonfinite: Any, checkpoint: Any) -> None:
+    if not (isinstance(on_nonfinite, Rollback) or on_nonfinite in ("raise", "continue")):
+        raise ValueError(
+            f'train: on_nonfinite must be "raise" or "continue" or fb.Rollback(...), got {on_nonfinite!r}.'
+        )
+    if not (checkpoint is None or isinstance(checkpoint, Checkpoint)):
+        raise TypeError(f"train: checkpoint must be fb.Checkpoint(directory), got {checkpoint!r}.")
+    if isinstance(on_nonfinite, Rollback):
+        check_can_scale(solver, on_nonfinite)
+        if checkpoint is None:
+            raise ValueError(
+                "train: on_nonfinite is fb.Rollback, but checkpoint is None, so that there is nothing to go back to; "
+                "pass checkpoint=fb.Checkpoint(directory)."
+            )
+
+
+class _Run:
+    """A run while it goes on: its state and metrics, its place in the data, and its checkpoints."""
+
+    def __init__(
+        self,
+        solver: BilevelSolver,
+        state: BilevelState,
+        data: Any,
+        num_outer_steps: int,
+        chunk: int,
+        on_nonfinite: Any,
+        checkpoint: Checkpoint | None,
+        prefetch: bool,
+    ) -> None:
+        self._solver, self._data, self._policy = solver, data, on_nonfinite
+        self._given = state if isinstance(on_nonfinite, Rollback) else None
+        self._num_steps, self._chunk = num_outer_steps, min(chunk, num_outer_steps)
+        self._sampler, batches = read_data(data)
+        if batches is not None and not state.batch_form:
+            check_not_itself_a_pair(solver.step, state, data)
+        form, seeds = state.batch_form, state.step.shape
+        put = getattr(solver.init, "put_stacked", None)  # of a solver on a mesh
+        self._feed = None if batches is None else Feed(batches, data, form, seeds, self._chunk, put)
+        self.state = jax.tree.map(jnp.copy, state)
+        self.history = History(num_outer_steps)
+        self._place = self._start = Position() if self._feed is None else self._feed.position()
+        self._counts, self._placed = {"rollbacks": 0, "again": 0, "fault": 0, "ended": False}, False
+        self._prefetch = prefetch and (
+            not isinstance(on_nonfinite, Rollback) or getattr(self._feed, "can_go_back", False)
+        )
+        kind = "a function" if self._feed is None else "an iterator"
+        self._store = None if checkpoint is None else Store(checkpoint, identity(solver, self.state, kind))
+
+    # Checkpoints.
+
+    def resume(self) -> None:
+        """Goes to where an earlier call of the same run came to."""
+        if self._store is None or (found := self._store.restore(self.state, self._num_steps)) is None:
+            return
+        self.state, metrics, position = found
+        self.history.append(metrics)
+        self._counts = {name: getattr(position, name) for name in self._counts}
+        told = "" if self._feed is None or not self.goes_on else self._feed.go_to(position)
+        self._place = position
+        where = f"step {self.history.length} of {self._num_steps} in {self._store.directory}{told}"
+        say(f"train: goes on from {where}." if self.goes_on else f"train: the run had ended, at {where}.")
+
+    def save(self, now: bool) -> None:
+        """Starts to write a checkpoint, if one is due or `now`."""
+        done = self.history.length
+        if self._store is not None and (now or self._store.steps_left(done) == self._store.every):
+            position = self._place._replace(done=done, **self._counts)
+            self._store.save(self.state, self.history.view(), position)
+
+    def stop(self, signum: int) -> None:
+        """Ends the run, and as a rule the process, as the signal would have."""
+        assert self._store is not None
+        self._store.wait()
+        say(
+            f"train: stopped by {signal.Signals(signum).name} after {self.history.length} of {self._num_steps} outer "
+            f"steps, which are saved in {self._store.directory}; the same call goes on from there."
+        )
+        raise KeyboardInterrupt if signum == signal.SIGINT else SystemExit(128 + signum)
+
+    def close(self) -> None:
+        """Waits until the last checkpoint is written."""
+        if self._store is not None:
+            self._store.close()
+
+    # Steps.
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether there are steps to make."""
+        return not self._counts["ended"] and self.history.length < self._num_steps
+
+    def end(self) -> None:
+        """Notes that the callback wishes no more."""
+        self._counts["ended"] = True
+
+    def _size(self, start: int) -> int:
+        """Of the chunk from there: not beyond the next checkpoint."""
+        size = min(self._chunk, self._num_steps - start)
+        return size if self._store is None else min(size, self._store.steps_left(start))
+
+    def chunk(self, signals: list[int]) -> HostMetrics | None:
+        """Makes a chunk of steps; None if none remains of it."""
+        start = self.history.length
+        size = self._size(start)
+        source: Any = self._sampler
+        feed = self._feed
+        if feed is not None:
+            source, got = feed.take(size, start)
+            if got < size:
+                warnings.warn(_ended(start + got, self._num_steps, self._data), stacklevel=3)
+                self._num_steps, size = start + got, got
+            if size and not self._placed:
+                self.state, self._placed = on_the_devices_of(source, self.state), True
+        if not size or signals:
+            return None
+        place = Position() if feed is None else feed.position()
+        function = _sampled_chunk if feed is None else _stacked_chunk
+        solver = self._solver
+        if isinstance(self._policy, Rollback):
+            solver = with_smaller_steps(solver, self._policy, self._counts["rollbacks"])
+        with nullcontext() if self._store is not None else _interrupts_wait():
+            new_state, values = _compiled(function, solver, self._chunk)(self.state, size, source)
+            if feed is not None and self._prefetch and (following := self._size(start + size)):
+                feed.fetch(following, start + size)
+            metrics = {name: np.array(x[:size]) for name, x in jax.device_get(values).items()}
+            self.history.append(metrics)
+            self.state, self._place = new_state, place
+        fault = first_fault(self.history.view(), start)
+        if fault is None:
+            return metrics
+        message = _fault_message(self.history, fault, self.state, source, start)
+        return self._after_fault(fault[0], message, metrics, source, size)
+
+    def _after_fault(self, step: int, message: str, metrics: HostMetrics, source: Any, size: int) -> HostMetrics | None:
+        """Raises, goes on or goes back, as the policy is."""
+        rollbacks = self._counts["rollbacks"]
+        if isinstance(self._policy, Rollback) and rollbacks < self._policy.max_times:
+            self._go_back(step, message)
+            return None
+        if self._policy != "continue":
+            after = f" It had gone back {rollbacks} times." if isinstance(self._policy, Rollback) else ""
+            raise NonFiniteError(message + after, self.state, self.history.arrays())
+        broken = broken_at_the_end(metrics)
+        if np.any(broken):  # not by a batch that has passed
+            pair = _sampled(source, self.state) if self._feed is None else jax.tree.map(lambda x: x[size - 1], source)
+            fresh = refreshed(self._solver, self.state, pair[0], broken)
+            if fresh is not None:
+                self.state = fresh
+                message += " The run goes on from fresh moments of the optimizers and a fresh warm start."
+        warnings.warn(message, stacklevel=4)
+        return metrics
+
+    def _go_back(self, step: int, message: str) -> None:
+        """To the last checkpoint, and on with smaller steps; to the one before it where that was not far enough."""
+        assert self._store is not None
+        counts = self._counts
+        counts["again"] = 1 if step > counts["fault"] + self._store.every else counts["again"] + 1
+        counts["fault"] = step
+        counts["rollbacks"] += 1
+        self._store.drop_last(counts["again"] - 1)
+        found = self._store.restore(self.state, self._num_steps)
+        if found is None:
+            self.state, self._placed = jax.tree.map(jnp.copy, self._given), False
+            position = self._start
+        else:
+            self.state, _, position = found
+        self.history.cut(position.done)
+        if self._feed is not None:
+            self._feed.go_back(position)
+            position = position._replace(pulled=self._feed.pulled)
+        self._place = position
+        warnings.warn(
+            f"{message} The run goes back to its step {position.done}, and on from there with steps of "
+            f"{self._policy.factor ** counts['rollbacks']:.3g} of their size (rollback {counts['rollbacks']} of "
+            f"{self._policy.max_times}).",
+            stacklevel=5,
+        )
 
 
 def _ended(done: int, num_outer_steps: int, data: Any) -> str:
@@ -250,6 +421,34 @@ def _interrupts_wait() -> Generator[None]:
         signal.signal(signal.SIGINT, handler)
     if received:
         handler(*received[0])
+
+
+class _Signals(list[int]):
+    """The signals to end that have come, Ctrl-C and SIGTERM: once each, for a second one does what it did before.
+
+    Only in the main thread, where Python lets signals be handled, and not those that are ignored.
+    """
+
+    def __init__(self, active: bool) -> None:
+        super().__init__()
+        self._active = active and threading.current_thread() is threading.main_thread()
+        self._before: dict[int, Any] = {}
+
+    def _receive(self, signum: int, _: Any) -> None:
+        self.append(signum)
+        signal.signal(signum, self._before[signum])
+
+    def __enter__(self) -> "_Signals":
+        for signum in (signal.SIGINT, signal.SIGTERM) if self._active else ():
+            handler = signal.getsignal(signum)
+            if handler not in (signal.SIG_IGN, None):
+                self._before[signum] = handler
+                signal.signal(signum, self._receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
 
 
 def _hand_over(error: BaseException, state: BilevelState, history: History) -> None:

@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from funcbilevel.tasks._experiment.install import install_command
 from funcbilevel.tasks._instrumental.ensemble import Best, Programs, fit, programs
 from funcbilevel.tasks._instrumental.methods import Setting
 from funcbilevel.tasks._instrumental.problem import Array, Batch, Data
@@ -37,7 +38,7 @@ try:
 except ModuleNotFoundError as error:
     package = (error.name or "").partition(".")[0]
     raise ModuleNotFoundError(
-        f'funcbilevel.iv needs {package}; install it with: pip install "funcbilevel[tasks]"', name=package
+        f"funcbilevel.iv needs {package}; install it with: {install_command('tasks')}", name=package
     ) from error
 
 _FLOAT: Any = np.float64

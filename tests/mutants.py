@@ -327,6 +327,49 @@ MUTANTS = [
         "new = {run_key(store.task, pair[0]): pair for pair in results}",
         ("test_experiment.py::test_what_another_process_has_recorded_is_not_recorded_twice",),
     ),
+    # Checkpoints.
+    Mutant(
+        "checkpoint: a changed file goes unseen",
+        "_checkpoint.py",
+        "if _checksum(path) != checksum:",
+        "if path.stat().st_size < 0:",
+        ("test_checkpoint.py::test_damage_is_told_and_nothing_is_touched[a flipped bit in the state]",),
+    ),
+    Mutant(
+        "checkpoint: an iterator starts anew",
+        "_train.py",
+        "else self._feed.go_to(position)",
+        'else ""',
+        ("test_checkpoint.py::test_so_it_is_with_all_kinds_of_data[generator]",),
+    ),
+    Mutant(
+        "checkpoint: the place in the data is that of the batches pulled ahead",
+        "_train.py",
+        "self.state, self._place = new_state, place",
+        "self.state, self._place = new_state, place._replace(pulled=place.pulled + 4)",
+        ("test_checkpoint.py::test_prefetching_changes_nothing",),
+    ),
+    Mutant(
+        "rollback: always to the last checkpoint",
+        "_train.py",
+        'self._store.drop_last(counts["again"] - 1)',
+        "self._store.drop_last(0)",
+        ("test_train_recovery.py::test_a_checkpoint_that_bears_the_seeds_of_nan_is_left_behind",),
+    ),
+    Mutant(
+        "continue: moments that broke the run are kept",
+        "_train.py",
+        "                self.state = fresh\n",
+        "",
+        ("test_train_recovery.py::test_what_caused_it_is_reset[inner moments-sampler]",),
+    ),
+    Mutant(
+        "log: lines of steps that are made anew stay",
+        "_log.py",
+        "if keep < path.stat().st_size:",
+        "if keep < 0:",
+        ("test_log.py::test_a_resumed_run_goes_on_in_the_file",),
+    ),
 ]
 
 

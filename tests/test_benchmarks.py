@@ -12,9 +12,12 @@ import peers
 import peers_jax
 import peers_problems as problems
 import pytest
+import simulated
+import simulated_problem
 from flax import linen
 from jax.flatten_util import ravel_pytree
 
+import funcbilevel as fb
 from funcbilevel.tasks._experiment import store
 
 TINY = cost.Cell(depth=1, width=8, batch=16, steps=2)
@@ -342,3 +345,61 @@ def test_without_any_peer_nothing_is_measured(monkeypatch, tmp_path, capsys):
     peers.main(["--output", str(tmp_path / "runs.jsonl")])
     assert "not installed, left out: jaxopt" in capsys.readouterr().err
     assert not (tmp_path / "runs.jsonl").exists()
+
+
+# The quadratic problem of the field's benchmark.
+
+
+def test_the_quadratic_problem_has_the_spectra_of_its_definition():
+    data = simulated_problem.generate(20_000, 6, 4)
+    for level in (simulated_problem.means(samples) for samples in data):
+        np.testing.assert_allclose(np.linalg.eigvalsh(level.A), np.geomspace(0.1, 1, 6), rtol=0.1)
+        np.testing.assert_allclose(np.linalg.eigvalsh(level.B), [0, *np.geomspace(0.1, 1, 3)], rtol=0.1, atol=1e-6)
+        np.testing.assert_allclose(np.linalg.svd(level.C)[1], 0.1, atol=0.03)
+    assert np.linalg.eigvalsh(simulated_problem.value_hessian(data))[0] > 0
+
+
+def test_the_value_functions_gradient_is_that_of_the_library(x64):
+    data = simulated_problem.generate(64, 5, 4)
+    omega = jnp.asarray(np.random.default_rng(0).normal(size=4))
+    G = simulated_problem.means(data.inner)
+    theta = jnp.asarray(-np.linalg.solve(G.A, G.C.T @ np.asarray(omega) + G.l))
+    exact = jax.jit(
+        lambda: fb.hypergradient(simulated_problem.PROBLEM, None, fb.aid(fb.cg(20)), omega, theta, *data).gradient
+    )()
+    assert simulated_problem.gradient_squared(data, omega) == pytest.approx(float(exact @ exact), rel=1e-4)
+    H = simulated_problem.value_hessian(data)
+    step = 1e-3 * np.ones(4)
+    less, more = (simulated_problem.gradient_squared(data, omega + sign * step) for sign in (-1, 1))
+    assert more - less == pytest.approx(4 * float(exact @ H @ step), rel=1e-3)
+
+
+def test_simulated_quick(capsys):
+    simulated.main(["--quick", "--methods", "soba", "srba", "aid-cg(30)"])
+    lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| `")]
+    drawn = {line[0]: line[5] for line in lines}
+    # Two batches of 64 in each of 64 steps; the same and 4 passes over 2 x 192 samples; 11 + 1 batches.
+    assert drawn == {"| `soba`": "8,192", "| `srba`": "9,728", "| `aid-cg(30)`": "49,152"}
+    assert all(float(line[3]) < float(line[2]) for line in lines)
+
+
+def test_what_ends_worse_than_it_began_is_said_and_fails(tmp_path):
+    def made(method, last):
+        settings = {"n": 10, "p": 2, "q": 2, "batch": 64, "steps": 4, "family": "estimator"}
+        metrics = {"gradient_start": 1.0, "gradient_2": 0.5, "gradient_4": last, "samples_4": 8.0}
+        return store.record(
+            "simulated", method, 0, settings, metrics | {"seconds_per_step": 1e-5, "compile_seconds": 1}, 1
+        )
+
+    records = [made("soba", 0.1), made("saba", 3.0), made("srba", np.nan)]
+    assert simulated.diverged(records) == ["saba", "srba"]
+    assert [row.label for row in simulated.rows(records)] == ["soba", "saba", "srba"]
+    store.append(tmp_path / "runs.jsonl", records)
+    simulated.main(["--report", str(tmp_path)])
+    assert "start: saba, srba" in (tmp_path / "table.md").read_text()
+    assert (tmp_path / "simulated.png").stat().st_size > 10_000
+
+
+def test_growing_penalties_sum_their_increments():
+    at = simulated.growing(1.0, 0.5, 2.0)
+    assert [float(at(t)) for t in range(3)] == pytest.approx([1.0, 1.5, 1.5 + 0.5 / 4])

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import funcbilevel as fb
@@ -78,6 +79,19 @@ def test_a_solver_of_the_benchmark_takes_the_same_steps_as_the_method(benchopt):
     state, _ = jax.jit(solver.run, static_argnums=3)(state, *sources, 14)
     np.testing.assert_allclose(got["outer_var"], state.outer_params, rtol=1e-5)
     np.testing.assert_allclose(got["inner_var"], state.inner_params, rtol=1e-5)
+
+
+def test_estimators_run_in_the_benchmark_as_well(benchopt):
+    def of_aid(problem: fb.ParametricProblem, step_size: float) -> fb.BilevelSolver:
+        sgd = optax.sgd(step_size)
+        return fb.bilevel(problem, None, fb.aid(fb.cg(3)), inner_optimizer=sgd, outer_optimizer=sgd, inner_steps=5)
+
+    ran = benchmark_solver("fb-AID", of_aid, {"step_size": [0.1]})(batch_size=5, eval_freq=40)
+    ran.set_objective(f_inner, f_outer, 20, 20, jnp.zeros(3), -2.0 * jnp.ones(3))
+    before = float(f_outer(jnp.zeros(3), -2.0 * jnp.ones(3), 0, 20))
+    ran.run(iter([True, False]).__next__)
+    got = ran.get_result()
+    assert float(f_outer(got["inner_var"], got["outer_var"], 0, 20)) < 0.5 * before
 
 
 def test_bad_input(benchopt, monkeypatch):

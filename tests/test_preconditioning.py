@@ -184,6 +184,26 @@ def test_warm_starts_over_rank_deficient_batches_stay_bounded(x64, name, steps, 
     assert jnp.max(residual) <= 1.0 + 1e-5
 
 
+@pytest.mark.parametrize("steps", [10, 30, 100])
+@pytest.mark.parametrize("warm", [False, True])
+def test_on_a_batch_with_fewer_samples_than_parameters_the_answer_is_not_noise(steps, warm):
+    """What is not in the batch's range stays of the size of the population's solution, whatever the number of steps."""
+    rng = np.random.default_rng(0)
+    scale = np.sqrt(np.geomspace(0.1, 1.0, 100))
+    b = rng.normal(size=100)
+    X = jnp.asarray(rng.normal(size=(64, 100)) * scale, jnp.float32)
+    start = jnp.asarray(0.3 * b, jnp.float32) if warm else None
+    u, metrics, _ = jax.jit(lambda b: solve_linear(fb.cg(steps), lambda t: X.T @ (X @ t) / 64, b, start))(
+        jnp.asarray(b, jnp.float32)
+    )
+    population = b / scale**2
+    size = np.linalg.norm(population)
+    assert np.linalg.norm(u) < 2.5 * size
+    assert np.dot(u, population) > 0.7 * size * np.linalg.norm(u)
+    assert metrics["linear_residual"] <= 1
+    assert not metrics["linear_converged"]
+
+
 def test_a_warm_start_is_kept_only_where_it_is_better_than_zero():
     A, b = jnp.diag(jnp.array([1.0, 2.0, 5.0])), jnp.ones(3)
     exact = b / jnp.diag(A)

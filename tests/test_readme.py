@@ -37,7 +37,7 @@ def test_setup_is_two_commands():
 def test_lowest_constraints_are_the_lower_bounds_of_pyproject():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    requirements = [*project["dependencies"], *extras["lineax"], *extras["tasks"], *extras["test"]]
+    requirements = [*project["dependencies"], *extras["lineax"], *extras["log"], *extras["tasks"], *extras["test"]]
     bounds = dict(r.split(">=") for r in requirements if ">=" in r)
     lines = (ROOT / "constraints-lowest.txt").read_text(encoding="utf-8").splitlines()
     pins = dict(line.split("==") for line in lines if "==" in line)

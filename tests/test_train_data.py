@@ -57,6 +57,10 @@ def train(data: Any, num_outer_steps: int = STEPS, solver: Any = SOLVER, state: 
 # Batches on devices.
 
 
+def stack(given: list[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: fb_data.stack_leaf(leaves), *given)
+
+
 def mesh(kind: AxisType = AxisType.Auto) -> jax.sharding.Mesh:
     return jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind, kind))
 
@@ -82,7 +86,7 @@ PLACES: dict[str, Callable[[Any, Any], Any]] = {
 def test_device_arrays_are_stacked_where_they_are(place: str) -> None:
     given = [(PLACES[place](*inner), outer) for inner, outer in itertools.islice(pairs(), 2 * fb_data._AT_ONCE + 1)]
     with jax.transfer_guard_device_to_host("disallow"):
-        (x, y), (numpy_x, _) = fb_data.stack(given)
+        (x, y), (numpy_x, _) = stack(given)
     assert type(numpy_x) is np.ndarray
     for stacked, leaf in zip((x, y), given[0][0]):
         assert type(stacked) is (np.ndarray if isinstance(leaf, np.ndarray) else type(leaf))
@@ -94,7 +98,7 @@ def test_device_arrays_are_stacked_where_they_are(place: str) -> None:
 
 def test_steps_on_the_host_join_those_on_devices() -> None:
     (x, y), _ = BATCH, None
-    (stacked_x, _), _ = fb_data.stack([((x, y), BATCH), ((put("data")(x), y), BATCH), ((jnp.asarray(x), y), BATCH)])
+    (stacked_x, _), _ = stack([((x, y), BATCH), ((put("data")(x), y), BATCH), ((jnp.asarray(x), y), BATCH)])
     assert stacked_x.sharding.is_equivalent_to(put(None, "data")(np.stack([x] * 4)[:3]).sharding, 3)
     np.testing.assert_array_equal(stacked_x, np.stack([x] * 3))
 

@@ -11,13 +11,15 @@ from typing import Any, NamedTuple
 
 import jax
 
+from funcbilevel.tasks._experiment import page, store
 from funcbilevel.tasks._experiment import report as _report
-from funcbilevel.tasks._experiment import store
 from funcbilevel.tasks._experiment.errors import UserError, sentence
 from funcbilevel.tasks._experiment.machine import every_core_a_device
 from funcbilevel.tasks._experiment.options import Options, open_directory
 from funcbilevel.tasks._experiment.progress import interruptible, progress
 from funcbilevel.tasks._experiment.report import Report
+
+PAGE = "report.html"
 
 
 class Task(NamedTuple):
@@ -98,13 +100,15 @@ def execute(task: Task, options: Options, args: Sequence[str]) -> None:
 
 
 def report(tasks: Sequence[Task], directories: Sequence[Path]) -> None:
-    """Makes the report of each directory anew from its records, and prints it.
+    """Makes the report of each directory anew from its records, a page of all of it too, and prints it.
 
     Raises:
-        UserError: a directory holds no records, or those of a task that is not there.
+        UserError: none is given, or one holds no records, or those of a task that is not there.
     """
     from rich.console import Console  # noqa: PLC0415
 
+    if not directories:
+        raise UserError("report needs a directory that `run` or `compare` has written to, for example runs/mine.")
     check_surroundings()
     console, by_name = Console(highlight=False), {task.records or task.name: task for task in tasks}
     for directory in directories:
@@ -113,8 +117,9 @@ def report(tasks: Sequence[Task], directories: Sequence[Path]) -> None:
             raise UserError(f"{directory} holds records of {name}; reports are made of {', '.join(by_name)}.")
         made = by_name[name].report(directory)
         _report.write(made, directory)
+        store.replace(directory / PAGE, page.page(made, directory).encode())
         console.print(made.shown)
-        for file in sorted((*made.texts, *made.figures)):
+        for file in sorted((*made.texts, *made.figures, PAGE)):
             console.print(str(directory / file), soft_wrap=True)
 
 

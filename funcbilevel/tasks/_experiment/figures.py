@@ -23,7 +23,8 @@ def draw_boxes(axes: Any, samples: Mapping[str, np.ndarray[Any, Any]], colours: 
         box.set(facecolor=(colour := colours.get(name, GREY)), alpha=0.35, edgecolor=colour)
         line.set(color="black")
         axes.scatter(i + rng.uniform(-0.18, 0.18, len(sample)), sample, s=10, color=colour, zorder=3, lw=0)
-    axes.set_xticks(range(1, len(finite) + 1), [name.replace("-", "\n", 1) for name in finite], fontsize=8)
+    angle: Any = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"}
+    axes.set_xticks(range(1, len(finite) + 1), list(finite), **angle)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 from funcbilevel.tasks._experiment.errors import UserError
+from funcbilevel.tasks._experiment.words import did_you_mean
 
 GREY = "0.55"
 
@@ -78,7 +79,9 @@ def resolve(option: str, methods: Methods, name: str) -> str:
     aliases = {alias: method.name for method in methods.values() for alias in method.aliases}
     name = aliases.get(name, name)
     if name not in choices(methods):
-        raise UserError(f"{option} must be among {', '.join(choices(methods))}, got {name}.")
+        raise UserError(
+            f"{option} must be among {', '.join(choices(methods))}, got {name}{did_you_mean(name, choices(methods))}"
+        )
     return name
 
 

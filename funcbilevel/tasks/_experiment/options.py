@@ -15,6 +15,7 @@ from funcbilevel.tasks._experiment.grid import Track
 from funcbilevel.tasks._experiment.methods import Methods
 
 LARGEST = 2**31 - 1
+RUNS = Path("runs")
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class Options:
     output_dir: Path | None = None
     """Results: their directory, new, empty, or of an earlier run with the same settings, which then goes on. By
     default runs/<task>-<time>."""
+    resume: bool = False
+    """Go on with the newest directory runs/<task>-<time> that has the same settings, instead of a new one."""
     device: str | None = None
     """Device to compute on: cpu, gpu or tpu. By default the fastest that JAX finds."""
     progress: bool = True
@@ -61,7 +64,7 @@ class Options:
 
     def settings(self) -> dict[str, Any]:
         """The options that decide the numbers, as config.json has them."""
-        others = ("output_dir", "progress", "device", *self.beside)
+        others = ("output_dir", "progress", "device", "resume", *self.beside)
         return {name: value for name, value in asdict(self).items() if name not in others}
 
     def check_sample_size(self, name: str) -> None:
@@ -155,18 +158,35 @@ def open_directory(options: Options) -> Path:
     """Makes the directory, or finds that of an earlier run with the same settings, and writes config.json.
 
     Raises:
-        UserError: there is something else in it, or it cannot be made or written to.
+        UserError: there is something else in it, it cannot be made or written to, or there is none to resume.
     """
     name = f"{options.task}-{datetime.now():%Y%m%d-%H%M%S}"
-    directory = options.output_dir or Path("runs") / name
+    config = store.plain({"task": options.task} | options.settings())
+    directory = options.output_dir or (_newest(options.task, config) if options.resume else RUNS / name)
+    if options.resume and not (directory / "config.json").is_file():
+        raise UserError(f"--resume: {directory} holds no run to go on with; leave --resume out to start one there.")
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        config = store.plain({"task": options.task} | options.settings())
         _check_directory(directory, config)
         store.replace(directory / "config.json", (json.dumps(config, indent=2) + "\n").encode())
     except OSError as error:
         raise UserError(f"--output-dir {directory} cannot be used: {sentence(error)}") from error
     return directory
+
+
+def _newest(task: str, config: Mapping[str, Any]) -> Path:
+    """The newest directory in runs/ of a run with this configuration.
+
+    Raises:
+        UserError: there is none.
+    """
+    for directory in sorted(RUNS.glob(f"{task}-*"), reverse=True):
+        if (directory / "config.json").is_file() and read_config(directory) == config:
+            return directory
+    raise UserError(
+        f"--resume: no directory {RUNS}/{task}-* holds a run with these settings; leave --resume out to start one, or "
+        "name the directory by --output-dir."
+    )
 
 
 def read_config(directory: Path) -> dict[str, Any]:

@@ -44,8 +44,10 @@ def solver_of_step(
         step: `(state, inner batch, outer batch) -> (state, metrics)`.
     """
 
-    def init(key: Any, outer_params: Any, inner_batch: Any, inner_params: Any = None) -> fb.BilevelState:
-        del inner_batch
+    def init(
+        key: Any, outer_params: Any, inner_batch: Any, inner_params: Any = None, outer_batch: Any = None
+    ) -> fb.BilevelState:
+        del inner_batch, outer_batch
         return fb.BilevelState(
             step=jnp.zeros((), jnp.int32),
             outer_params=outer_params,

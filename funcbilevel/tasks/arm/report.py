@@ -355,9 +355,9 @@ def _draw_paths(axes: Any, paths: Mapping[str, np.ndarray[Any, Any]]) -> None:
                     end = np.asarray(end_point(Arm(), q))
                     axes.plot(*np.array([(0.0, 0.0), elbow, end]).T, color="0.75", lw=2, marker="o", ms=3, zorder=0)
     axes.set_aspect("equal")
-    axes.set(xlim=(-0.3, 1.35), ylim=(-0.65, 0.25))
+    axes.set(xlim=(-0.3, 1.1), ylim=(-0.65, 0.25))
     axes.set(xlabel="x (m)", ylabel="y (m)", title="A test reference, at a mean error of about 3 cm")
-    axes.legend(frameon=False, fontsize=8, loc="center right")
+    axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=4)  # not over the zone
 
 
 def _draw_changes(axes: Any, changed: Sequence[Changed]) -> None:

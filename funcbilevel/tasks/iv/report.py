@@ -135,15 +135,18 @@ def _comparison_table(rows: Sequence[Row], cells: Sequence[tuple[str, ...]]) -> 
 
 def draw_comparison(rows: Sequence[Row], curves: Beside, path: Path) -> None:
     """Test MSE of all methods as boxes with their seeds, and both objectives' curves with quartile bands."""
+    from matplotlib.ticker import LogLocator, NullFormatter  # noqa: PLC0415
+
     order = [*METHODS]
     rows = sorted(rows, key=lambda row: order.index(row.method) if row.method in order else len(order))
     of, seeds = rows[0].records[0]["settings"], max(len(row.values) for row in rows)
     steps = f", {of['num_outer_steps']} outer steps" if "num_outer_steps" in of else ""
-    with drawn(path, figsize=(12, 4.2)) as figure:
-        boxes, outer, inner = figure.subplots(1, 3, width_ratios=(1.6, 1, 1))
+    with drawn(path, figsize=(7.6, 6.8), dpi=130) as figure:
+        panels: Any = figure.subplot_mosaic([["boxes", "boxes"], ["outer", "inner"]], height_ratios=(1.2, 1))
+        boxes, outer, inner = panels["boxes"], panels["outer"], panels["inner"]
         draw_boxes(boxes, samples(rows), colours(rows, METHODS))
         boxes.set_yscale("log")
-        boxes.set(ylabel="Test MSE", title=f"Test MSE over {seeds} seeds (n = {of['n']}{steps})")
+        boxes.set(ylabel="Test mean squared error", title=f"{seeds} seeds (n = {of['n']}{steps})")
         for axes, name in ((outer, "outer_objective"), (inner, "inner_objective")):
             for row in rows:
                 lines = [line for record in row.records if (line := curves.get(store.key_of(record)))]
@@ -153,7 +156,12 @@ def draw_comparison(rows: Sequence[Row], curves: Beside, path: Path) -> None:
                     )
                     axes.plot(lines[0]["step"], middle, color=colour(METHODS, row.method), label=row.name)
                     axes.fill_between(lines[0]["step"], low, high, color=colour(METHODS, row.method), alpha=0.15, lw=0)
-            axes.set(xlabel="Outer step", title=name.replace("_", " ").capitalize())
+            axes.set(
+                xlabel="Outer step", ylabel=name.replace("_", " ").capitalize(), title="Median and quartiles over seeds"
+            )
         inner.set_yscale("log")
+        inner.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        inner.yaxis.set_major_formatter("{x:g}")
+        inner.yaxis.set_minor_formatter(NullFormatter())
         if outer.lines:
-            outer.legend(frameon=False, fontsize=7.5)
+            figure.legend(*outer.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)

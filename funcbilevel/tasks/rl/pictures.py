@@ -1,6 +1,7 @@
 """Animations of recorded episodes."""
 
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,13 +9,35 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+EVERY = 4
+"""Recorded states are those of every fourth step of the environment."""
+SCALE = 2
 COLOURS = [255, 255, 255, 40, 40, 40, 200, 110, 60, 170, 170, 170]
 
 
 def animate(task: str, states: Sequence[Sequence[float]], path: Path) -> None:
-    """The states of an episode, every fourth, as a GIF."""
-    frames = [PICTURES[task](state) for state in states]
+    """The states of an episode, every fourth, as a GIF; a caption says which, and of what."""
+    last = EVERY * (len(states) - 1)
+    frames = [
+        _captioned(PICTURES[task](state), f"{task}, the best run after training: step {EVERY * i} of {last}")
+        for i, state in enumerate(states)
+    ]
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=80, loop=0)
+
+
+def _captioned(picture: "Image", text: str) -> "Image":
+    """The picture in double size above a line of text, which is broken where it is wider."""
+    from PIL import ImageDraw  # noqa: PLC0415
+
+    width, height = (SCALE * size for size in picture.size)
+    lines = textwrap.wrap(text, width // 7)
+    image, _ = _paper(width, height + 16 * len(lines) + 6)
+    image.paste(picture.resize((width, height)), (0, 0))
+    pen = ImageDraw.Draw(image)
+    pen.fontmode = "1"  # no shades between the palette's colours
+    for i, line in enumerate(lines):
+        pen.text((6, height + 16 * i), line, fill=1)
+    return image
 
 
 def _paper(width: int, height: int) -> Any:

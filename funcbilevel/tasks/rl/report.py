@@ -144,43 +144,42 @@ def _label(row: Row, same: Sequence[Row]) -> str:
 
 
 def draw(rows: Sequence[Row], task: str, path: Path) -> None:
-    """Evaluation return, outer and inner objective by environment step: a column per length and width, as a PNG."""
+    """Evaluation return by environment step, a panel for each length and width, one below the other, as a PNG."""
     from matplotlib.ticker import MaxNLocator, StrMethodFormatter  # noqa: PLC0415
 
     panels = sorted({_panel(row) for row in rows})
-    with drawn(path, dpi=130, figsize=(max(5.2, 4.2 * len(panels)), 7.4)) as figure:
-        grid: Any = figure.subplots(3, len(panels), squeeze=False, sharex="col", height_ratios=(2, 1, 1))
-        for column, panel in zip(grid.T, panels, strict=True):
+    with drawn(path, dpi=130, figsize=(7.4, 2.7 * len(panels) + 0.8)) as figure:
+        grid: Any = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
+        for axes, panel in zip(grid, panels, strict=True):
             shown = [row for row in rows if _panel(row) == panel]
-            _draw_panel(column, shown)
+            _draw_panel(axes, shown)
             steps, width = panel
             seeds = " or ".join(map(str, sorted({row.seeds for row in shown})))
-            column[0].set(title=f"{task}: width {width}, {steps:,} steps, {seeds} seeds")
-            column[2].set(xlabel="Environment steps")
-            column[2].xaxis.set_major_locator(MaxNLocator(5))
-            column[2].xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-            for axes in column[1:]:
-                axes.set_yscale("log")
-        grid[0, 0].set(ylabel="Evaluation return\n(IQM, 95% interval; mean dotted)")
-        grid[1, 0].set(ylabel="Outer objective\n(the method's own)")
-        grid[2, 0].set(ylabel="Inner objective")
+            axes.set(
+                title=f"{task}: model of width {width}, {seeds} seeds",
+                ylabel="Evaluation return",
+                xlim=(0, steps),
+            )
+            axes.xaxis.set_major_locator(MaxNLocator(6))
+            axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        grid[-1].set(xlabel="Environment steps")
         legend: dict[str, Any] = {}
-        for axes in grid[0]:
+        for axes in grid:
             for line, label in zip(*axes.get_legend_handles_labels(), strict=True):
                 legend.setdefault(label, line)
-        figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+        title = "interquartile mean over seeds, 95% bootstrap interval"
+        place: Any = {"loc": "outside lower center", "ncols": 4, "frameon": False}
+        figure.legend(legend.values(), legend.keys(), title=title, **place)
 
 
-def _draw_panel(column: Any, shown: Sequence[Row]) -> None:
-    """The rows of one length and width, in axes for each of `CURVES`; further settings of a method are dashed."""
+def _draw_panel(axes: Any, shown: Sequence[Row]) -> None:
+    """The rows of one length and width; further settings of a method are dashed."""
     for i, row in enumerate(shown):
         if not len(row.step):
             continue
         same = [other for other in shown if other.method == row.method]
         style: Any = {"color": colour(METHODS, row.method)}
         line: Any = {"ls": "-" if row.method not in {other.method for other in shown[:i]} else "--"}
-        for axes, name in zip(column, CURVES, strict=True):
-            values = row.curves[name]
-            axes.plot(row.step, interquartile_mean(values), lw=1.4, label=_label(row, same), **style, **line)
-            axes.fill_between(row.step, *interval(values), alpha=0.15, lw=0, **style)
-        column[0].plot(row.step, np.mean(row.curves[CURVES[0]], axis=0), lw=0.7, ls=":", **style)
+        returns = row.curves[CURVES[0]]
+        axes.plot(row.step, interquartile_mean(returns), lw=1.6, label=_label(row, same), **style, **line)
+        axes.fill_between(row.step, *interval(returns), alpha=0.1, lw=0, **style)

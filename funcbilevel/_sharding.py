@@ -1,0 +1,187 @@
+"""Solvers over a mesh of devices: batches divided along their samples; states copied, or divided as well."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.core import Tracer
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from funcbilevel._bilevel import BilevelSolver
+from funcbilevel._draws import FiniteSum, Minibatches, Sampler, run_steps
+from funcbilevel._state import is_key
+from funcbilevel._tree import at_path
+from funcbilevel._typing import Batch, PyTree
+
+_SOURCES = (FiniteSum, Minibatches, Sampler)
+
+
+def data_parallel(solver: BilevelSolver, mesh: Mesh, *, axis: str = "data", seeds: str | None = None) -> BilevelSolver:
+    r"""The same solver with inner and outer batches divided over a mesh, each along its samples; the state is copied.
+
+    Objectives are means over the whole batch, as they are on one device, and so are all results, up to the order of
+    sums. Each derivative is a mean over devices: the compiler puts all-reduces where it is needed.
+
+    Arguments:
+        solver: any; with `seeds`, one whose step is under `jax.vmap` and whose states have the seeds in front.
+        mesh: from `jax.make_mesh`, with axes of type Auto.
+        axis: the mesh's axis over which samples are divided. Their number must be a multiple of its size, in each of
+            the two batches; a `Sampler` is divided draw by draw, a `FiniteSum` along the samples of its blocks.
+        seeds: the mesh's axis over which seeds (or hyper-parameters) are divided, if the solver has them: the leading
+            axis of every leaf of the state and of the batches. None: it has none.
+
+    Returns:
+        A `BilevelSolver`. `init` gives a state on the mesh; `step` is jitted, takes arguments from wherever they are,
+        and gives a state that is placed as the one before: one compiled program for ever. `train` takes it as any
+        other, and puts the batches of an iterator where they belong.
+
+    Raises:
+        ValueError, TypeError: the mesh lacks the axis or has explicit axes; samples cannot be divided evenly.
+
+    Example:
+        >>> mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+        >>> problem = fb.ParametricProblem(
+        ...     lambda w, u, x: jnp.mean((u - w * x) ** 2), lambda w, u, x: jnp.mean((u - 2 * x) ** 2)
+        ... )
+        >>> sgd = optax.sgd(0.1)
+        >>> solver = fb.bilevel(problem, None, fb.aid(fb.cg(1)), inner_optimizer=sgd, outer_optimizer=sgd)
+        >>> solver = fb.data_parallel(solver, mesh)
+        >>> x = jnp.ones(8 * jax.device_count())
+        >>> state = solver.init(jax.random.key(0), 0.0, x, 0.0)
+        >>> state, metrics = solver.step(state, x, x)
+        >>> state.outer_params.sharding.is_fully_replicated
+        True
+    """
+    name = "data_parallel"
+    _check_mesh(name, mesh, axis, seeds)
+    front = () if seeds is None else (seeds,)
+    return _on_mesh(name, solver, mesh, axis, front, lambda x: P(*front))
+
+
+def fully_sharded(solver: BilevelSolver, mesh: Mesh, *, axis: str = "data") -> BilevelSolver:
+    r"""The same solver with batches and the whole state divided over a mesh, for what does not fit on one device.
+
+    Each leaf of the state (parameters of both levels, both optimizers' moments, the estimator's warm start) is divided
+    along its longest axis that the number of devices divides; leaves without one are copied. The compiler gathers
+    parameters where they are used.
+
+    Arguments:
+        solver: any.
+        mesh: from `jax.make_mesh`, with axes of type Auto.
+        axis: the mesh's axis over which samples and the state are divided.
+
+    Returns:
+        A `BilevelSolver`, as of `data_parallel`.
+
+    Raises:
+        ValueError, TypeError: as `data_parallel`.
+
+    Example:
+        >>> mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+        >>> problem = fb.ParametricProblem(
+        ...     lambda w, u, x: jnp.mean((x @ (u - w)) ** 2), lambda w, u, x: jnp.mean((x @ u - 1) ** 2)
+        ... )
+        >>> adam = optax.adam(0.1)
+        >>> solver = fb.bilevel(problem, None, fb.aid(fb.cg(1)), inner_optimizer=adam, outer_optimizer=adam)
+        >>> solver = fb.fully_sharded(solver, mesh)
+        >>> D = jax.device_count()
+        >>> x = jnp.ones((D, 4 * D))
+        >>> state = solver.init(jax.random.key(0), jnp.zeros(4 * D), x, jnp.zeros(4 * D))
+        >>> state, metrics = solver.step(state, x, x)
+        >>> state.inner_opt_state[0].mu.addressable_shards[0].data.shape
+        (4,)
+    """
+    name = "fully_sharded"
+    _check_mesh(name, mesh, axis, None)
+    size = mesh.shape[axis]
+
+    def spec(x: Any) -> P:
+        divisible = [(n, -i) for i, n in enumerate(np.shape(x)) if n and n % size == 0]
+        if not divisible or is_key(x):
+            return P()
+        longest = -max(divisible)[1]
+        return P(*[None] * longest, axis)
+
+    return _on_mesh(name, solver, mesh, axis, (), spec)
+
+
+def _check_mesh(name: str, mesh: Mesh, *axes: str | None) -> None:
+    if not isinstance(mesh, Mesh):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(
+            f"{name}: mesh must be a jax.sharding.Mesh, got {type(mesh).__name__}; make one by jax.make_mesh."
+        )
+    for axis in axes:
+        if axis is not None and axis not in mesh.shape:
+            raise ValueError(f"{name}: mesh must have the axis {axis!r}, got {', '.join(map(repr, mesh.shape))}.")
+    if any(kind != AxisType.Auto for kind in mesh.axis_types):
+        raise ValueError(
+            f"{name}: mesh must have axes of type Auto, got {mesh.axis_types}; pass axis_types=(jax.sharding.AxisType."
+            f"Auto,) * {len(mesh.shape)} to jax.make_mesh. (On a mesh with explicit axes solver.step works as it is.)"
+        )
+
+
+def _on_mesh(
+    name: str, solver: BilevelSolver, mesh: Mesh, axis: str, front: tuple[str, ...], spec: Callable[[Any], P]
+) -> BilevelSolver:
+    def put(x: Any, where: P) -> Any:
+        sharding = NamedSharding(mesh, where)
+        return jax.lax.with_sharding_constraint(x, sharding) if isinstance(x, Tracer) else jax.device_put(x, sharding)
+
+    def put_state(state: PyTree) -> PyTree:
+        return jax.tree.map(lambda x: put(x, spec(x)), state)
+
+    def put_batch(level: str, batch: Batch, before: tuple[str | None, ...] = front) -> Batch:
+        """Leaves [*before, n, ...], divided along n; what has no such axis is copied."""
+        if isinstance(batch, Minibatches):
+            return Minibatches(put_batch(level, batch.batches, (*before, None)))
+        if isinstance(batch, Sampler):
+            return Sampler(jax.tree_util.Partial(draw_and_put, jax.tree.map(lambda x: put(x, P()), batch.sample)))
+        if isinstance(batch, FiniteSum):
+            return FiniteSum(
+                put_batch(level, batch.data, (*before, None)), put(batch.key, P()), batch.replace, batch.first
+            )
+
+        def put_leaf(path: Any, x: Any) -> Any:
+            if np.ndim(x) <= len(before):
+                return put(x, P(*before[: np.ndim(x)]))
+            if np.shape(x)[len(before)] % mesh.shape[axis]:
+                raise ValueError(
+                    f"{name}: {level}_batch{at_path(path)} has {np.shape(x)[len(before)]} samples, which the "
+                    f"{mesh.shape[axis]} devices of mesh axis {axis!r} cannot share evenly; drop or pad some."
+                )
+            return put(x, P(*before, axis))
+
+        return jax.tree_util.tree_map_with_path(put_leaf, batch)
+
+    def draw_and_put(sample: Any, key: Any) -> Any:
+        return put_batch("inner", sample(key), ())
+
+    def step_on_mesh(state: Any, inner_batch: Batch, outer_batch: Batch) -> Any:
+        state = put_state(state)
+        after, metrics = solver.step(state, put_batch("inner", inner_batch), put_batch("outer", outer_batch))
+        return put_state(after), jax.tree.map(lambda x: put(x, P(*front)), metrics)
+
+    jitted = jax.jit(step_on_mesh)
+
+    def init(key: Any, outer_params: Any, inner_batch: Batch, inner_params: Any = None, *more: Any) -> Any:
+        return put_state(
+            solver.init(key, outer_params, inner_batch, inner_params, *more)
+        )  # more: of finite-sum methods
+
+    def step(state: Any, inner_batch: Batch, outer_batch: Batch) -> Any:
+        return jitted(put_state(state), put_batch("inner", inner_batch), put_batch("outer", outer_batch))
+
+    def run(state: Any, inner_batches: Batch, outer_batches: Batch, num_steps: int | None = None) -> Any:
+        return run_steps(step_on_mesh, put_state(state), inner_batches, outer_batches, num_steps)
+
+    def put_stacked(pair: tuple[Batch, Batch]) -> tuple[Batch, Batch]:
+        """Batches of several steps, with the steps in front."""
+        inner, outer = (put_batch(level, batch, (None, *front)) for level, batch in zip(("inner", "outer"), pair))
+        return inner, outer
+
+    made: Any = BilevelSolver(init, step, run)
+    made.init.description = f"{name}({solver!r})"
+    made.init.put_stacked, made.init.unplaced = put_stacked, solver  # for `train` and its checkpoints
+    return made
