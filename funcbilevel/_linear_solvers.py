@@ -542,14 +542,13 @@ def conjugate_gradients(
 
     It also stops at a direction of negative curvature, or of one that is rounding error beside the largest so far (to
     the power of `power`, for an A that is one of a matrix): there A is not positive definite, and what the last
-    iterates minimise has no minimum. Then, and where the last residual is larger than |b|, as for the Hessian of a
-    batch with fewer samples than parameters, whose range b is not in, the iterates grow without limit. The answer is
-    then that of the damped system (A + sigma) u = b, with sigma a quarter of the curvature along the first residual, or
-    along the start if that is larger. A system that differs by a multiple of the identity has the same Krylov space, so
-    that its iterates need no product of their own (Frommer, Computing 2003; here with the ratio of successive scales,
-    which stays between 0 and 1). Where the curvature along a direction is rounding error, its step is finite all the
-    same, and the last. What goes beyond the point of least residual between start and damped solution is cut off: the
-    residual of either end is never exceeded.
+    iterates minimise has no minimum. Then, unless its residual is smaller, and where the last residual is larger than
+    |b|, as for the Hessian of a batch with fewer samples than parameters, whose range b is not in, the iterates grow
+    without limit. The answer is then that of the damped system (A + sigma) u = b, with sigma a quarter of the curvature
+    along the first residual, or along the start if that is larger. A system that differs by a multiple of the identity
+    has the same Krylov space, so that its iterates need no product of their own (Frommer, Computing 2003; here with the
+    ratio of successive scales, which stays between 0 and 1). What goes beyond the point of least residual between start
+    and damped solution is cut off: the residual of either end is never exceeded.
 
     A start with a larger residual than zero's is dropped. What one batch's solution holds in the null space of its
     matrix is large for the next batch's, and would grow from batch to batch without limit.
@@ -599,9 +598,8 @@ def conjugate_gradients(
             z, after = preconditioned(r, rr)
             beta = jnp.where(to_start, 0.0, after / rz)
             p = tree_add_scaled(z, beta, p) if initial is None else tree_where(to_start, z, tree_add_scaled(z, beta, p))
-            flat = jnp.abs(pAp) <= negligible * largest * pp
             curvature = jnp.where(positive & ~to_start, pAp / rz, 0.0)
-            damped = damped_step(damped, steps == 0, curvature, (positive | flat) & ~to_start, beta, r, z)
+            damped = damped_step(damped, steps == 0, curvature, positive & ~to_start, beta, r, z)
             if initial is not None:
                 kept = jnp.where(to_start, ~worse, damped.kept)
                 damped = damped._replace(r0=tree_where(to_start, r, damped.r0), kept=kept)
@@ -619,7 +617,7 @@ def conjugate_gradients(
             r: PyTree,
             z: PyTree,
         ) -> Damped:
-            """With r and z after the step of length 1 / curvature, perhaps infinite; without it, z is the start."""
+            """With r and z after the step of length 1 / curvature; without it, z is the start."""
             sigma = jnp.where(first, jnp.maximum(damped.sigma, _DAMPING * curvature), damped.sigma)
             moves = moves & (sigma > 0)
             stiffness = curvature + sigma + damped.beta * damped.curvature * (1 - damped.ratio)
@@ -632,18 +630,19 @@ def conjugate_gradients(
                 Pe, Pp = tree_add_scaled(Pe, length, Pp), _combined(scale, r, back, Pp, moves)
             return Damped(e, p, Pe, Pp, scale, ratio, sigma, curvature, beta, damped.r0, damped.kept)
 
-        def safe(end: CGState) -> PyTree:
-            """The start, and as much of the damped solution as lowers the residual."""
+        def safe(end: CGState) -> tuple[PyTree, jax.Array]:
+            """The start, and as much of the damped solution as lowers the residual; and that, squared."""
             damped = end.damped
             r0 = b if initial is None else damped.r0
             Pe = damped.e if preconditioner is None else damped.Pe
             residual = tree_add_scaled(_scaled(end.r, damped.scale), damped.sigma, Pe)
             Ae = tree_add_scaled(r0, -1.0, residual)
-            squared = tree_vdot(Ae, Ae)
+            squared, along = tree_vdot(Ae, Ae), tree_vdot(Ae, r0)
             usable = jnp.isfinite(squared) & (squared > 0)
-            length = jnp.where(usable, jnp.clip(tree_vdot(Ae, r0) / jnp.where(usable, squared, 1.0), 0.0, 1.0), 0.0)
+            length = jnp.where(usable, jnp.clip(along / jnp.where(usable, squared, 1.0), 0.0, 1.0), 0.0)
             start = zero if initial is None else tree_where(damped.kept, initial, zero)
-            return tree_add_scaled(start, length, damped.e)
+            left = tree_add_scaled(r0, -length, tree_where(usable, Ae, zero))
+            return tree_add_scaled(start, length, damped.e), tree_vdot(left, left)
 
         z, rz = preconditioned(b, bb)
         first, p = (0, z) if initial is None else (-1, initial)
@@ -652,7 +651,9 @@ def conjugate_gradients(
         damped = Damped(zero, z, *along, one, one, nought, nought, nought, r0, jnp.asarray(False))
         start = CGState(jnp.asarray(first), zero, b, p, bb, rz, damped, nought, jnp.isfinite(rz))
         end = jax.lax.while_loop(running, step, start)
-        return tree_where(end.positive & (end.rr <= bb), end.u, safe(end))
+        # Where A is singular and b in its range, the iterates get to a solution before the curvature breaks down.
+        instead, theirs = safe(end)
+        return tree_where((end.rr <= bb) & (end.positive | (end.rr <= theirs)), end.u, instead)
 
     return jax.lax.custom_linear_solve(matvec, rhs, loop, symmetric=True)
 
