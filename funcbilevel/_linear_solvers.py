@@ -211,6 +211,9 @@ def normal_cg(num_steps: int, damping: float = 0.0, rtol: float = 0.0) -> Linear
 def gmres(num_steps: int, damping: float = 0.0, rtol: float = 0.0, max_restarts: int = 0) -> LinearSolver:
     """GMRES: one Hessian product per step, and a Krylov basis of `num_steps` vectors in memory.
 
+    For systems that have a solution. Where there is none, as on minibatches of fewer samples than parameters, its
+    answer fits the noise, the more so the more steps it makes (`linear_converged` is false); use damping, or `cg`.
+
     Arguments:
         num_steps: size K >= 1 of the Krylov space.
         damping: delta >= 0, added to the Hessian's diagonal.
