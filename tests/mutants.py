@@ -152,6 +152,20 @@ MUTANTS = [
         ("test_right_answers.py::test_cg_stops_at_a_breakdown_with_its_best_iterate",),
     ),
     Mutant(
+        "cg goes on from a warm start that is worse than zero",
+        "_linear_solvers.py",
+        "worse = to_start & ~(rr <= bb)",
+        "worse = to_start & False",
+        ("test_preconditioning.py::test_a_warm_start_is_kept_only_where_it_is_better_than_zero",),
+    ),
+    Mutant(
+        "cg averages over flat directions",
+        "_linear_solvers.py",
+        "pAp > _STEEP * largest * pp",
+        "pAp > 0.0",
+        ("test_preconditioning.py::test_on_a_batch_with_fewer_samples_than_parameters_the_answer_is_not_noise",),
+    ),
+    Mutant(
         "a solver's answer to NaN is where it started",
         "_linear_solvers.py",
         'u = nan_unless(~jnp.isnan(metrics["linear_residual"]), tree_scaled(u, size))',
