@@ -560,15 +560,15 @@ def conjugate_gradients(
 
         def step(state: CGState) -> CGState:
             steps, u, r, p, _, rz, smooth, s, weight, largest, _, steep, safe = state
+            to_start = steps < 0
             Ap = matvec(p)
             pAp, pp = tree_vdot(p, Ap), tree_vdot(p, p)
             largest = jnp.maximum(largest, pAp / pp)
             positive = pAp > negligible * largest * pp
             # A step along which A is nearly rounding error goes far, and what it gains is an accident.
-            safe = safe & ((pAp > negligible**0.5 * largest * pp) | (steps < 0))
-            steep = steep & ((pAp > _STEEP * largest * pp) | (steps < 0))
+            safe = safe & (to_start | (pAp > negligible**0.5 * largest * pp))
+            steep = steep & (to_start | (pAp > _STEEP * largest * pp))
             alpha = jnp.where(positive, rz / jnp.where(positive, pAp, 1.0), 0.0)
-            to_start = steps < 0
             positive, alpha, largest = (
                 positive | to_start,
                 jnp.where(to_start, 1.0, alpha),

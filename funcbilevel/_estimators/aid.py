@@ -47,8 +47,8 @@ def aid(
 
     With `fb.Minibatches`, `fb.Sampler` or `fb.FiniteSum` as inner batch, all products and the cross derivative are
     taken on one batch: the draw after those of the inner steps. Of fewer samples than parameters it has a singular
-    Hessian, and the system no solution; `cg` then gives the least residual that it has met, which `linear_residual`
-    tells. Damping, or a method that moves u by a step at a time (`soba`, `amigo`), averages over batches. A leaf of
+    Hessian, and the system no solution; `cg` then leaves its flat directions out, and `linear_converged` is false.
+    Damping, or a method that moves u by a step at a time (`soba`, `amigo`), averages over batches. A leaf of
     inner_params that the inner objective does not see has no part in the linear system; a warning names it.
 
     Order: second (products with the Hessian in theta, and one cross derivative). Memory: one vector like theta, with a
