@@ -94,9 +94,12 @@ def draw(record: store.Record, path: Path) -> None:
     mean = np.array([record["metrics"][f"error_{n}"] for n in sizes])
     with figures.drawn(path, figsize=(4.5, 3.2)) as figure:
         axes = figure.subplots()
-        axes.loglog(sizes, mean, "o-", label=f"n = m, slope {record['metrics']['slope']:.2f}")
-        axes.loglog(sizes, mean[0] * np.sqrt(sizes[0] / sizes), "k--", label="slope -1/2")
-        axes.set(xlabel="samples of each level", ylabel="error of the hypergradient")
+        axes.loglog(sizes, mean, "o-", label=f"measured, slope {record['metrics']['slope']:.2f}")
+        axes.loglog(sizes, mean[0] * np.sqrt(sizes[0] / sizes), "k--", label="theory, slope -0.5")
+        axes.set(xlabel="samples of each level, n", ylabel="error of the hypergradient")
+        axes.set_xticks(sizes, [str(n) for n in sizes])
+        axes.set_yticks(ticks := [0.05, 0.1, 0.2], [str(tick) for tick in ticks])
+        axes.minorticks_off()
         axes.legend(frameon=False)
 
 
