@@ -198,9 +198,7 @@ def normal_cg(num_steps: int, damping: float = 0.0, rtol: float = 0.0) -> Linear
     _check("normal_cg", num_steps, damping, rtol)
 
     def solve(matvec: LinearMap, rhs: PyTree, initial: PyTree | None) -> PyTree:
-        return conjugate_gradients(
-            lambda u: matvec(matvec(u)), matvec(rhs), initial, num_steps, rtol, 2, consistent=True
-        )
+        return conjugate_gradients(lambda u: matvec(matvec(u)), matvec(rhs), initial, num_steps, rtol, power=2)
 
     def solve_general(matvec: LinearMap, rhs: PyTree) -> PyTree:
         transpose = jax.linear_transpose(matvec, rhs)
@@ -535,8 +533,8 @@ def conjugate_gradients(
     averages, that of MINRES, which falls in every step and never exceeds that of zero or of the start; and the end
     before flat directions does what damping would: on noisy batches their large steps are noise.
 
-    Where the system is `consistent`, as normal equations are, the last iterate is the answer in any case: its error
-    falls in every step, whatever its residual does.
+    Where the system is known to be `consistent`, the last iterate is the answer in any case: its error falls in every
+    step, whatever its residual does.
 
     A start with a larger residual than zero's is dropped. What one batch's solution holds in the null space of its
     matrix is large for the next batch's, and would grow from batch to batch without limit.
@@ -568,7 +566,7 @@ def conjugate_gradients(
 
         def step(state: CGState) -> CGState:
             steps, u, r, p, _, rz, smooth, s, weight, largest, _, steep, safe = state
-            to_start = steps < 0 if initial is not None else False
+            to_start = jnp.asarray(False) if initial is None else steps < 0
             Ap = matvec(p)
             pAp, pp = tree_vdot(p, Ap), tree_vdot(p, p)
             largest = jnp.maximum(largest, pAp / pp)
