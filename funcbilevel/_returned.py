@@ -14,10 +14,8 @@ from funcbilevel._tree import at_path
 from funcbilevel._typing import OuterParams, Prediction, PyTree
 
 
-def check_estimate(
-    function: str, returned: Any, outer_params: OuterParams, state: PyTree
-) -> tuple[InnerSolution, Hypergradient]:
-    """What an `Estimator.estimate` owes: an inner solution, a hypergradient like outer_params, a state as it was."""
+def check_estimate(function: str, returned: Any, outer_params: OuterParams) -> tuple[InnerSolution, Hypergradient]:
+    """What an `Estimator.estimate` owes: an inner solution, and a hypergradient like outer_params."""
     name = "estimator.estimate"
     kinds = (InnerSolution, Hypergradient)
     if not (isinstance(returned, tuple) and tuple(map(type, returned)) == kinds):  # pyright: ignore[reportUnknownArgumentType]
@@ -40,7 +38,7 @@ def check_estimate(
             f"{function}: {name}'s outer_value must be a scalar, got shape {np.shape(hyper.outer_value)}; give the "
             "value of the outer objective."
         )
-    _check_state_and_metrics(function, name, hyper.state, state, hyper.metrics)
+    _check_metrics(function, name, hyper.metrics)
     if "adjoint_finite" not in hyper.metrics:
         raise ValueError(
             f"{function}: {name}'s metrics must hold 'adjoint_finite', got {sorted(hyper.metrics)}; add "
@@ -58,12 +56,16 @@ def check_fitted(
     for what, got, expected in zip(names, returned, like):
         mend = "give the adjoint's values on these samples, a pytree like the prediction."
         check_shapes("funcid", f"{what} of {name}", got, expected, mend)
-    _check_state_and_metrics("funcid", name, returned[-2], state, returned[-1])
+    check_next_state("funcid", name, returned[-2], state)
+    _check_metrics("funcid", name, returned[-1])
     return returned
 
 
-def _check_state_and_metrics(function: str, name: str, got: PyTree, state: PyTree, metrics: Any) -> None:
-    """A state that can be put in the place of the last, and metrics that are scalars."""
+def check_next_state(function: str, name: str, got: PyTree, state: PyTree) -> None:
+    """A state that can stand in the place of the last."""
     check_shapes(function, f"{name}'s state", got, jax.eval_shape(lambda: state), "give back one like that of `init`.")
+
+
+def _check_metrics(function: str, name: str, metrics: Any) -> None:
     if not isinstance(metrics, dict) or any(np.shape(x) != () for x in metrics.values()):  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
         raise TypeError(f"{function}: {name}'s metrics must be a dict of scalars, got {show(metrics)}.")

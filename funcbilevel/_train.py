@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from funcbilevel._arguments import check_callable, check_number
-from funcbilevel._bilevel import BilevelSolver, BilevelState
+from funcbilevel._bilevel import BilevelSolver, BilevelState, check_state
 from funcbilevel._check import warn_of_run
 from funcbilevel._checkpoint import Checkpoint, CheckpointError, Position, Store, say
 from funcbilevel._data import (
@@ -156,6 +156,7 @@ def train(
         >>> metrics["learning_rate"].shape
         (20,)
     """
+    check_state("train", state)
     check_number("train", "num_outer_steps", num_outer_steps)
     check_number("train", "chunk", chunk)
     _check_policies(solver, on_nonfinite, checkpoint)

@@ -901,6 +901,28 @@ def step_with_state_of(estimator: fb.Estimator, other: fb.Estimator) -> Any:
 
 
 CALLS: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = {
+    "step before init": (
+        lambda: bilevel(problem(), model(), POINTWISE).step(None, BATCH, BATCH),
+        TypeError,
+        ("step: state", "must be an fb.BilevelState", "got None", "solver.init"),
+    ),
+    "train before init": (
+        lambda: fb.train(bilevel(problem(), model(), POINTWISE), {"w": 1.0}, lambda key, step: (BATCH, BATCH), 2),
+        TypeError,
+        ("train: state", "must be an fb.BilevelState", "got {'w': 1.0}", "solver.init"),
+    ),
+    "diagnose before init": (
+        lambda: fb.diagnose(bilevel(problem(), model(), POINTWISE), None, BATCH, BATCH),
+        TypeError,
+        ("diagnose: state", "must be an fb.BilevelState", "got None", "solver.init"),
+    ),
+    "stochastic step before init": (
+        lambda: fb.soba(parametric(), inner_optimizer=0.1, linear_optimizer=0.1, outer_optimizer=0.1).step(
+            None, BATCH, BATCH
+        ),
+        TypeError,
+        ("step: state", "must be an fb.BilevelState", "got None", "solver.init"),
+    ),
     "inner_optimizer a factory": (
         lambda: with_optimizer("inner_optimizer", optax.adam),
         TypeError,
