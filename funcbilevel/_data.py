@@ -4,6 +4,7 @@ import copy
 import itertools
 import re
 import warnings
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from types import MethodType
@@ -170,6 +171,16 @@ def check_alike(got: Signature, expected: Signature, step: int) -> None:
         check_like(rule, name, one, other, "drop or pad the last, shorter batch of an epoch.")
 
 
+def check_alike_on_all(processes: list[int], checksums: list[int]) -> None:
+    """That all processes of a run have batches of the same structure, shapes and dtypes; 0: it has none any more."""
+    others = [i for i, checksum in zip(processes, checksums) if checksum not in (0, max(checksums))]
+    if others:
+        raise ValueError(
+            "train: batches of data must have the same structure, shapes and dtypes on all processes, but those of "
+            f"process {', '.join(map(str, others))} differ from the others'; give each the same number of samples."
+        )
+
+
 def _shapes(signature: Signature) -> Any:
     structure, leaves = signature
     return jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(*leaf) for leaf in leaves])
@@ -214,6 +225,7 @@ class Feed:
     Attributes:
         pulled: pairs taken so far, those of earlier calls of the same run included.
         can_go_back: whether the iterator has `get_state` and `set_state`.
+        checksum: of structure, shapes and dtypes of a pair; 0: none has been seen.
     """
 
     def __init__(
@@ -231,7 +243,7 @@ class Feed:
         self._expected: Signature | None = None  # of a pair
         self._structure: Any = None  # of a chunk of them
         self._ahead: tuple[Pair | None, int, Any] | BaseException | None = None
-        self.pulled = 0
+        self.pulled = self.checksum = 0
         self.can_go_back = all(callable(getattr(batches, name, None)) for name in ("get_state", "set_state"))
         self._iterator = self._state()
 
@@ -293,6 +305,7 @@ class Feed:
         if self._expected is None:
             check_form(self._form, pairs[0], self._seeds, self._data)
             self._expected = signature(pairs[0])
+            self.checksum = zlib.crc32(repr(self._expected).encode()) >> 1
             self._structure = jax.tree.structure(pairs[:1] * self._chunk)
         pairs += pairs[-1:] * (self._chunk - taken)  # padded, so that a short chunk needs no other program
         leaves, structure = jax.tree.flatten(pairs)

@@ -1,5 +1,6 @@
 """Solvers over a mesh of devices: batches divided along their samples; states copied, or divided as well."""
 
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -11,11 +12,10 @@ from jax.sharding import PartitionSpec as P
 
 from funcbilevel._bilevel import BilevelSolver
 from funcbilevel._draws import FiniteSum, Minibatches, Sampler, run_steps
-from funcbilevel._state import is_key
+from funcbilevel._hosts import Processes, put_own, put_shared
+from funcbilevel._state import is_key, spans_processes
 from funcbilevel._tree import at_path
 from funcbilevel._typing import Batch, PyTree
-
-_SOURCES = (FiniteSum, Minibatches, Sampler)
 
 
 def data_parallel(solver: BilevelSolver, mesh: Mesh, *, axis: str = "data", seeds: str | None = None) -> BilevelSolver:
@@ -112,6 +112,11 @@ def _check_mesh(name: str, mesh: Mesh, *axes: str | None) -> None:
         raise TypeError(
             f"{name}: mesh must be a jax.sharding.Mesh, got {type(mesh).__name__}; make one by jax.make_mesh."
         )
+    if jax.process_index() not in {device.process_index for device in mesh.devices.flat}:
+        raise ValueError(
+            f"{name}: mesh must have a device of this process, number {jax.process_index()}, got none; make it of "
+            "jax.devices(), which are those of all processes."
+        )
     for axis in axes:
         if axis is not None and axis not in mesh.shape:
             raise ValueError(f"{name}: mesh must have the axis {axis!r}, got {', '.join(map(repr, mesh.shape))}.")
@@ -125,9 +130,17 @@ def _check_mesh(name: str, mesh: Mesh, *axes: str | None) -> None:
 def _on_mesh(
     name: str, solver: BilevelSolver, mesh: Mesh, axis: str, front: tuple[str, ...], spec: Callable[[Any], P]
 ) -> BilevelSolver:
-    def put(x: Any, where: P) -> Any:
+    processes = Processes(mesh.devices.flat)
+
+    def is_local(x: Any) -> bool:
+        """Whether an array has to go to a mesh of which other processes have a part."""
+        return processes.several and not isinstance(x, Tracer) and not spans_processes(x)
+
+    def put(x: Any, where: P, from_processes: Callable[[Any, NamedSharding], jax.Array] = put_shared) -> Any:
         sharding = NamedSharding(mesh, where)
-        return jax.lax.with_sharding_constraint(x, sharding) if isinstance(x, Tracer) else jax.device_put(x, sharding)
+        if isinstance(x, Tracer):
+            return jax.lax.with_sharding_constraint(x, sharding)
+        return from_processes(x, sharding) if is_local(x) else jax.device_put(x, sharding)
 
     def put_state(state: PyTree) -> PyTree:
         return jax.tree.map(lambda x: put(x, spec(x)), state)
@@ -145,13 +158,15 @@ def _on_mesh(
 
         def put_leaf(path: Any, x: Any) -> Any:
             if np.ndim(x) <= len(before):
-                return put(x, P(*before[: np.ndim(x)]))
-            if np.shape(x)[len(before)] % mesh.shape[axis]:
+                return put(x, P(*before[: np.ndim(x)]), put_own)
+            devices = (mesh.local_mesh if is_local(x) else mesh).shape[axis]
+            if np.shape(x)[len(before)] % devices:
                 raise ValueError(
                     f"{name}: {level}_batch{at_path(path)} has {np.shape(x)[len(before)]} samples, which the "
-                    f"{mesh.shape[axis]} devices of mesh axis {axis!r} cannot share evenly; drop or pad some."
+                    f"{devices} devices of mesh axis {axis!r}{' on this process' if is_local(x) else ''} cannot share "
+                    "evenly; drop or pad some."
                 )
-            return put(x, P(*before, axis))
+            return put(x, P(*before, axis), put_own)
 
         return jax.tree_util.tree_map_with_path(put_leaf, batch)
 
@@ -168,13 +183,26 @@ def _on_mesh(
     def init(
         key: Any, outer_params: Any, inner_batch: Batch, inner_params: Any = None, outer_batch: Batch = None
     ) -> Any:
-        return put_state(solver.init(key, outer_params, inner_batch, inner_params, outer_batch))
+        if not processes.several:
+            return put_state(solver.init(key, outer_params, inner_batch, inner_params, outer_batch))
+        _check_same(name, processes, key=key, outer_params=outer_params, inner_params=inner_params)
+        key, outer_params, inner_params = jax.tree.map(lambda x: put(x, P()), (key, outer_params, inner_params))
+        batches = put_batch("inner", inner_batch), put_batch("outer", outer_batch)
+        # On all processes at once, in a program, which alone can compute with arrays that no process has as a whole.
+        args = key, outer_params, batches[0], inner_params, batches[1]
+        shapes = jax.eval_shape(solver.init, *args)
+        return jax.jit(solver.init, out_shardings=jax.tree.map(lambda x: NamedSharding(mesh, spec(x)), shapes))(*args)
 
     def step(state: Any, inner_batch: Batch, outer_batch: Batch) -> Any:
         return jitted(put_state(state), put_batch("inner", inner_batch), put_batch("outer", outer_batch))
 
     def run(state: Any, inner_batches: Batch, outer_batches: Batch, num_steps: int | None = None) -> Any:
+        inner_batches, outer_batches = put_steps("inner", inner_batches), put_steps("outer", outer_batches)
         return run_steps(step_on_mesh, put_state(state), inner_batches, outer_batches, num_steps)
+
+    def put_steps(level: str, batches: Batch) -> Batch:
+        """Batches with the steps in front; a source is one for all."""
+        return put_batch(level, batches, front if isinstance(batches, (Sampler, FiniteSum)) else (None, *front))
 
     def put_stacked(pair: tuple[Batch, Batch]) -> tuple[Batch, Batch]:
         """Batches of several steps, with the steps in front."""
@@ -183,5 +211,22 @@ def _on_mesh(
 
     made: Any = BilevelSolver(init, step, run)
     made.init.description = f"{name}({solver!r})"
-    made.init.put_stacked, made.init.unplaced = put_stacked, solver  # for `train` and its checkpoints
+    made.init.put_state, made.init.put_stacked, made.init.unplaced = put_state, put_stacked, solver  # for `train`
     return made
+
+
+def _check_same(name: str, processes: Processes, **values: PyTree) -> None:
+    """That all processes start from the same: what is copied to each must not differ."""
+    sums = processes.gather({argument: _checksum(value) for argument, value in values.items()})
+    for argument in values:
+        others = [i for i, theirs in zip(processes.indices, sums) if theirs[argument] != sums[0][argument]]
+        if others:
+            raise ValueError(
+                f"{name}: init needs the same {argument} on all processes, got another on process "
+                f"{', '.join(map(str, others))} than on process {processes.indices[0]}; make it of the same seed."
+            )
+
+
+def _checksum(tree: PyTree) -> int:
+    leaves = [jax.random.key_data(x) if is_key(x) else x for x in jax.tree.leaves(tree) if not spans_processes(x)]
+    return zlib.crc32(b"".join(np.asarray(x).tobytes() for x in leaves))
