@@ -91,6 +91,12 @@ class Store:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._saver: Any = None
+        if jax.process_count() > 1 and not processes.several:
+            raise ValueError(
+                f"train: checkpoint needs a state on a mesh of all {jax.process_count()} processes, got one on devices "
+                "of this process alone, which orbax does not write; make the run with fb.data_parallel, or start this "
+                "process without jax.distributed."
+            )
         self._lock: int | None = None
         try:
             processes.together(lambda: self._recognise(run) if self._first else None)

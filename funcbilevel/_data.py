@@ -109,8 +109,11 @@ def _dtype(leaf: Any) -> Any:
     return jax.dtypes.canonicalize_dtype(dtype, allow_extended_dtype=True)
 
 
-def check_form(started_with: Form, pair: Pair, seeds: tuple[int, ...], data: Any) -> None:
-    """That inner batches look like the one that `init` saw, for a solver over seeds with their axes in front."""
+def check_form(started_with: Form, pair: Pair, seeds: tuple[tuple[int, ...], ...], data: Any) -> None:
+    """That inner batches look like the one that `init` saw, for a solver over seeds with their axes in front.
+
+    `seeds` are these axes, or all that they may be: of all seeds, or of those of this process.
+    """
     if not started_with or isinstance(pair[0], (Sampler, FiniteSum)) or _fits(started_with, pair[0], seeds):
         return
     mistaken = is_itself_a_pair(data) and _fits(started_with, data[0], seeds)
@@ -118,14 +121,14 @@ def check_form(started_with: Form, pair: Pair, seeds: tuple[int, ...], data: Any
     raise ValueError(
         f"train: data must be an iterable of pairs (inner_batch, outer_batch), or a function that gives them, with "
         f"inner batches like the one that init was given: expected {_shown(started_with)}, got "
-        f"{_shown(_entries(*_one_draw(pair[0], seeds)))}. If inner batches are to look like that, start the solver "
+        f"{_shown(_entries(*_one_draw(pair[0], seeds[0])))}. If inner batches are to look like that, start the solver "
         f"with one; {reason}."
     )
 
 
-def _fits(started_with: Form, batch: Batch, seeds: tuple[int, ...]) -> bool:
+def _fits(started_with: Form, batch: Batch, seeds: tuple[tuple[int, ...], ...]) -> bool:
     """With the axes of the seeds, or without them, where the seeds share a batch."""
-    draws = (_one_draw(batch, axes) for axes in {seeds, ()})
+    draws = (_one_draw(batch, axes) for axes in {*seeds, ()})
     return any(set(_entries(*draw)) == set(started_with) for draw in draws)
 
 
@@ -233,7 +236,7 @@ class Feed:
         batches: Iterator[Any],
         data: Any,
         form: Form,
-        seeds: tuple[int, ...],
+        seeds: tuple[tuple[int, ...], ...],
         chunk: int,
         put: Callable[[Pair], Pair] | None = None,
     ) -> None:

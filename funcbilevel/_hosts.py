@@ -147,6 +147,13 @@ def devices_of(tree: PyTree) -> set[Any]:
     return {d for x in jax.tree.leaves(tree) if isinstance(x, jax.Array) for d in x.sharding.device_set}
 
 
+def own_shape(x: jax.Array) -> tuple[int, ...]:
+    """Of the part of an array that is on this process's devices."""
+    parts = x.sharding.addressable_devices_indices_map(x.shape).values()
+    ranges = ({part[i].indices(n)[:2] for part in parts if part is not None} for i, n in enumerate(x.shape))
+    return tuple(sum(end - begin for begin, end in of_axis) for of_axis in ranges)
+
+
 def put_shared(x: Any, sharding: NamedSharding) -> jax.Array:
     """An array that all processes hold as a whole, on a mesh of theirs: each sends to its own devices."""
     if is_key(x):

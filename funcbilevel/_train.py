@@ -33,7 +33,7 @@ from funcbilevel._data import (
     warn_of_frozen_draws,
 )
 from funcbilevel._history import History, HostMetrics, broken_at_the_end, fault_message, first_fault
-from funcbilevel._hosts import Processes, devices_of
+from funcbilevel._hosts import Processes, devices_of, own_shape
 from funcbilevel._identity import identity
 from funcbilevel._recovery import Rollback, check_can_scale, refreshed, with_smaller_steps
 from funcbilevel._state import on_host, spans_processes
@@ -234,12 +234,12 @@ class _Run:
         self._sampler, batches = read_data(data)
         if batches is not None and not state.batch_form:
             check_not_itself_a_pair(solver.step, state, data)
-        form, seeds = state.batch_form, state.step.shape
         put_state, put_stacked = (getattr(solver.init, name, None) for name in ("put_state", "put_stacked"))
-        self._feed = None if batches is None else Feed(batches, data, form, seeds, self._chunk, put_stacked)
         # On a mesh, if the solver has one.
         self.state = jax.tree.map(jnp.copy, state if put_state is None else put_state(state))
         self.processes = Processes(devices_of(self.state))
+        form, seeds = state.batch_form, (self.state.step.shape, own_shape(self.state.step))
+        self._feed = None if batches is None else Feed(batches, data, form, seeds, self._chunk, put_stacked)
         self.history = History(num_outer_steps)
         self._place = self._start = Position() if self._feed is None else self._feed.position()
         self._counts, self._placed = {"rollbacks": 0, "again": 0, "fault": 0, "ended": False}, False
@@ -515,7 +515,7 @@ def _sampled_chunk(
     solver: BilevelSolver, chunk: int, state: BilevelState, size: jax.Array, sampler: jax.tree_util.Partial
 ) -> tuple[BilevelState, Metrics]:
     warn_of_frozen_draws(sampler, _sampling_key(state), state.step)
-    check_form(state.batch_form, jax.eval_shape(_sampled, sampler, state), state.step.shape, sampler)
+    check_form(state.batch_form, jax.eval_shape(_sampled, sampler, state), (state.step.shape,), sampler)
     return _steps(solver, lambda state, _: _sampled(sampler, state), chunk, state, size)
 
 
