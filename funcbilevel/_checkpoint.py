@@ -301,7 +301,11 @@ class Store:
         # A copy, since the next chunk takes the state's buffers; on other devices than CPUs orbax copies to the host.
         arrays = {name: jnp.copy(a) if _on_cpu(a) else a for name, a in _arrays(state).items() if a.size}
         piece = {name: np.array(values[since:step]) for name, values in metrics.items()}
-        self._guard(folder, lambda: self._orbax().save(folder / "state", arrays) if arrays else folder.mkdir())
+        self._processes.together(
+            lambda: self._guard(folder, lambda: folder.mkdir(exist_ok=True)) if self._first else None
+        )
+        if arrays:
+            self._guard(folder, lambda: self._orbax().save(folder / "state", arrays))
         self._saved = step
         self._thread = threading.Thread(target=self._finish, args=(step, since, piece, commit), daemon=True)
         self._thread.start()
@@ -330,12 +334,13 @@ class Store:
             error, self._error = self._error, None
             self._guard(self._folder(self._saved), lambda: _raise(error))
 
-    def close(self) -> None:
-        """Waits, and lets the directory go."""
+    def close(self, wait: bool = True) -> None:
+        """Waits, unless told not to, and lets the directory go."""
         try:
-            self.wait()
+            if wait:
+                self.wait()
         finally:
-            if self._saver is not None:
+            if wait and self._saver is not None:
                 with contextlib.suppress(Exception):  # what it failed to write has been told
                     self._saver.close()
             self._release()

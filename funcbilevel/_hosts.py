@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
@@ -18,7 +19,7 @@ _TOLD = 1000  # characters of an error that the other processes get to see
 
 
 class ProcessError(Exception):
-    """Another process of a run has failed; the message names it, and what it failed with."""
+    """Another process of a run has failed; the message names it and its error, where it could still tell."""
 
 
 class Status(NamedTuple):
@@ -48,6 +49,7 @@ class Processes:
         indices: as `jax.process_index` numbers them.
         several: whether there are others. If not, nothing is sent.
         first: whether this one prints, logs and commits checkpoints.
+        lost: whether this one cannot reach the others any more.
     """
 
     def __init__(self, devices: Iterable[Any]) -> None:
@@ -56,7 +58,8 @@ class Processes:
         self.several = len(self.indices) > 1
         self.first = jax.process_index() == self.indices[0]
         self._mesh = Mesh(np.array([by_process[i] for i in self.indices]), ("process",)) if self.several else None
-        self._over = False  # once one has failed, or while it is waiting for an answer
+        self.lost = False
+        self._over = False  # once one has failed, or while this one waits for an answer
 
     def ask(self, **status: int) -> list[Status]:
         """The status of each process, in order; raises where one has failed."""
@@ -91,11 +94,15 @@ class Processes:
         return result
 
     def tell(self, error: BaseException) -> None:
-        """Lets the others, who are about to ask, know of an error, unless they had it from the devices or from here."""
-        if not self.several or self._over or isinstance(error, (ProcessError, jax.errors.JaxRuntimeError)):
+        """Lets the others, who are about to ask, know of an error, unless it comes from them or from the devices."""
+        if not self.several or self._over:
+            return
+        self._over = self.lost = isinstance(error, jax.errors.JaxRuntimeError)
+        if self.lost:
             return
         text = f"{type(error).__name__}: {error}"[:_TOLD].encode()
-        self._exchange_bytes(text, self._exchange(Status(failed=1, size=len(text))))
+        with suppress(ProcessError):  # it has lost them, as `lost` says
+            self._exchange_bytes(text, self._exchange(Status(failed=1, size=len(text))))
         self._over = True
 
     def say(self, text: str) -> None:
@@ -125,7 +132,13 @@ class Processes:
         assert self._mesh is not None
         self._over, over = True, self._over  # who is interrupted here cannot be understood any more
         spread = NamedSharding(self._mesh, PartitionSpec("process"))
-        rows = np.asarray(_copies(self._mesh)(jax.make_array_from_process_local_data(spread, mine[None])))
+        try:
+            rows = np.asarray(_copies(self._mesh)(jax.make_array_from_process_local_data(spread, mine[None])))
+        except (jax.errors.JaxRuntimeError, ValueError) as error:  # gloo's come as either
+            self.lost = True
+            raise ProcessError(
+                f"train: another process of the run has died, or cannot be reached any more ({error})."
+            ) from error
         self._over = over
         return rows
 

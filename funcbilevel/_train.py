@@ -186,11 +186,7 @@ def train(
                 run.stop(signum)
     except BaseException as error:
         _hand_over(error, run.state, run.history)
-        try:
-            run.processes.tell(error)
-            run.close()
-        except CheckpointError as another:
-            error.add_note(str(another))
+        run.give_up(error)
         raise
     all_metrics = run.history.arrays()
     if run.processes.first:
@@ -287,6 +283,21 @@ class _Run:
         """Waits until the last checkpoint is written."""
         if self._store is not None:
             self._store.close()
+
+    def give_up(self, error: BaseException) -> None:
+        """Lets the other processes know, and waits for the last checkpoint, unless those have died that it needs."""
+        self.processes.tell(error)
+        if self.processes.lost:
+            there = "" if self._store is None else f" from the last checkpoint in {self._store.directory}"
+            error.add_note(
+                "train: this process cannot go on without the others, of which one may have died: see what they say. "
+                f"Start all of them again, and the same call goes on{there}."
+            )
+        try:
+            if self._store is not None:
+                self._store.close(wait=not self.processes.lost)
+        except CheckpointError as another:
+            error.add_note(str(another))
 
     # Steps.
 

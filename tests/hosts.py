@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import os
+import shutil
 import signal
 import sys
 import warnings
@@ -259,6 +260,38 @@ def logged(directory: Path) -> Any:
     return [(directory / f"{PROCESS}.jsonl").exists(), bool(printed.getvalue())]
 
 
+def cannot_write(directory: Path) -> Any:
+    """The place of the second checkpoint is taken."""
+
+    def take(state: Any, metrics: Any) -> None:
+        if PROCESS == 0 and state.step == 6:
+            (directory / "taken" / "step_6").write_text("", encoding="utf-8")
+
+    checkpoint = fb.Checkpoint(directory / "taken", every=3)
+    return error_of(lambda: train(pairs(), 9, callback=take, checkpoint=checkpoint))
+
+
+def cannot_commit(directory: Path) -> Any:
+    """The first process alone fails, after all have written their parts."""
+
+    def remove(state: Any, metrics: Any) -> None:
+        if PROCESS == 0 and state.step == 6:
+            shutil.rmtree(directory / "uncommitted" / "metrics")
+
+    checkpoint = fb.Checkpoint(directory / "uncommitted", every=3)
+    return error_of(lambda: train(pairs(), 9, callback=remove, checkpoint=checkpoint))
+
+
+def busy(directory: Path) -> Any:
+    """The first process alone sees that the directory is locked."""
+    checkpoint = fb.Checkpoint(directory / "busy")
+
+    def again(state: Any, metrics: Any) -> None:
+        train(pairs(), 9, checkpoint=checkpoint)
+
+    return error_of(lambda: train(pairs(), 9, callback=again, checkpoint=checkpoint))
+
+
 def of_its_own(directory: Path) -> Any:
     """A run of each process alone, of which the others have no part; it can have no checkpoint."""
     solver = make(ROWS[SOLVER][0], None, ROWS[SOLVER][1])
@@ -269,9 +302,20 @@ def of_its_own(directory: Path) -> Any:
     return [int(state.step), (directory / f"own {PROCESS}.jsonl").exists(), refused]
 
 
+def killed(directory: Path, which: str = "1") -> None:
+    """One of them is killed without a word."""
+
+    def kill(state: Any, metrics: Any) -> None:
+        if int(which) == PROCESS and state.step == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    checkpoint = fb.Checkpoint(directory / "killed", every=3)
+    keep(directory, "killed", *train(pairs(), 12, callback=kill, chunk=1, checkpoint=checkpoint))
+
+
 CASES = (
     *(callback_ends, data_ends, data_fails, callback_fails, shapes_differ, uneven, starts_differ, nan_of_one),
-    *(rolls_back, terminated, logged, of_its_own),
+    *(rolls_back, terminated, logged, cannot_write, cannot_commit, busy, of_its_own),
 )
 
 
