@@ -301,14 +301,17 @@ class Store:
         # A copy, since the next chunk takes the state's buffers; on other devices than CPUs orbax copies to the host.
         arrays = {name: jnp.copy(a) if _on_cpu(a) else a for name, a in _arrays(state).items() if a.size}
         piece = {name: np.array(values[since:step]) for name, values in metrics.items()}
-        self._processes.together(
-            lambda: self._guard(folder, lambda: folder.mkdir(exist_ok=True)) if self._first else None
-        )
+        self._processes.together(lambda: self._make(folder))
         if arrays:
             self._guard(folder, lambda: self._orbax().save(folder / "state", arrays))
         self._saved = step
         self._thread = threading.Thread(target=self._finish, args=(step, since, piece, commit), daemon=True)
         self._thread.start()
+
+    def _make(self, folder: Path) -> None:
+        """Where that cannot be done, all find out; in orbax the others would wait for the first one."""
+        if self._first:
+            self._guard(folder, lambda: folder.mkdir(exist_ok=True))
 
     def _finish(self, step: int, since: int, piece: HostMetrics, commit: dict[str, Any]) -> None:
         try:

@@ -54,7 +54,7 @@ def start(solver: fb.BilevelSolver, seed: int = 2) -> fb.BilevelState:
 
 
 def keep(directory: Path, name: str, state: fb.BilevelState, metrics: Any) -> None:
-    arrays = fb.state_to_arrays((state, metrics))
+    arrays: Any = fb.state_to_arrays((state, metrics))
     if PROCESS == 0:
         np.savez(directory / f"{name}.npz", **arrays)
 
@@ -63,9 +63,8 @@ def rows(directory: Path, *names: str) -> None:
     """Two steps of rows of `test_sharding.py`."""
     for kind, row in itertools.product(ON_MESH, names or ROWS):
         solver = solver_of(row, kind)
-        state = start(solver)
-        for i in range(2):
-            state, metrics = solver.step(state, own(i), own(i + 5))
+        state, _ = solver.step(start(solver), own(0), own(5))
+        state, metrics = solver.step(state, own(1), own(6))
         keep(directory, f"{kind} {row}", state, metrics)
 
 
