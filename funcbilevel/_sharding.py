@@ -178,7 +178,12 @@ def _on_mesh(
         after, metrics = solver.step(state, put_batch("inner", inner_batch), put_batch("outer", outer_batch))
         return put_state(after), jax.tree.map(lambda x: put(x, P(*front)), metrics)
 
-    jitted = jax.jit(step_on_mesh)
+    def init_on_mesh(*args: Any) -> Any:
+        """In a program, which alone can compute with arrays that no process has as a whole."""
+        constrain = jax.lax.with_sharding_constraint
+        return jax.tree.map(lambda x: constrain(x, NamedSharding(mesh, spec(x))), solver.init(*args))
+
+    jitted, jitted_init = jax.jit(step_on_mesh), jax.jit(init_on_mesh)
 
     def init(
         key: Any, outer_params: Any, inner_batch: Batch, inner_params: Any = None, outer_batch: Batch = None
@@ -187,11 +192,9 @@ def _on_mesh(
             return put_state(solver.init(key, outer_params, inner_batch, inner_params, outer_batch))
         _check_same(name, processes, key=key, outer_params=outer_params, inner_params=inner_params)
         key, outer_params, inner_params = jax.tree.map(lambda x: put(x, P()), (key, outer_params, inner_params))
-        batches = put_batch("inner", inner_batch), put_batch("outer", outer_batch)
-        # On all processes at once, in a program, which alone can compute with arrays that no process has as a whole.
-        args = key, outer_params, batches[0], inner_params, batches[1]
-        shapes = jax.eval_shape(solver.init, *args)
-        return jax.jit(solver.init, out_shardings=jax.tree.map(lambda x: NamedSharding(mesh, spec(x)), shapes))(*args)
+        return jitted_init(
+            key, outer_params, put_batch("inner", inner_batch), inner_params, put_batch("outer", outer_batch)
+        )
 
     def step(state: Any, inner_batch: Batch, outer_batch: Batch) -> Any:
         return jitted(put_state(state), put_batch("inner", inner_batch), put_batch("outer", outer_batch))

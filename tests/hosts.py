@@ -1,6 +1,7 @@
 """What each process of `test_hosts.py` runs: `python hosts.py PROCESS NUMBER PORT DIRECTORY TASK...`."""
 
 import contextlib
+import functools
 import io
 import itertools
 import json
@@ -44,6 +45,7 @@ def own(i: int) -> Any:
     return jax.tree.map(lambda x: np.split(x, NUMBER)[PROCESS], whole(i))
 
 
+@functools.cache
 def solver_of(row: str, kind: str) -> fb.BilevelSolver:
     estimator, model = ROWS[row]
     return ON_MESH[kind](make(estimator, None, model), mesh())
