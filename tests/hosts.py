@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -276,8 +277,11 @@ def cannot_commit(directory: Path) -> Any:
     """The first process alone fails, after all have written their parts."""
 
     def remove(state: Any, metrics: Any) -> None:
+        there = directory / "uncommitted"
         if PROCESS == 0 and state.step == 6:
-            shutil.rmtree(directory / "uncommitted" / "metrics")
+            while not (there / "step_3" / "commit.json").exists():
+                time.sleep(0.01)
+            shutil.rmtree(there / "metrics")
 
     checkpoint = fb.Checkpoint(directory / "uncommitted", every=3)
     return error_of(lambda: train(pairs(), 9, callback=remove, checkpoint=checkpoint))
@@ -307,7 +311,7 @@ def killed(directory: Path, which: str = "1") -> None:
     """One of them is killed without a word."""
 
     def kill(state: Any, metrics: Any) -> None:
-        if int(which) == PROCESS and state.step == 7:
+        if which == str(PROCESS) and state.step == 7:
             os.kill(os.getpid(), signal.SIGKILL)
 
     checkpoint = fb.Checkpoint(directory / "killed", every=3)

@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,10 +38,9 @@ class Launched:
             port = free.getsockname()[1]
         flags = [f for f in os.environ["XLA_FLAGS"].split() if "device_count" not in f]
         devices = f"--xla_force_host_platform_device_count={hosts.DEVICES // number}"
-        environment = os.environ | {"JAX_ENABLE_X64": "1", "XLA_FLAGS": " ".join([*flags, devices])}
-        environment["PYTHONPATH"] = os.pathsep.join(
-            [str(Path(fb.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-        )
+        path = os.pathsep.join([str(Path(fb.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+        environment = os.environ | {"XLA_FLAGS": " ".join([*flags, devices])}
+        environment |= {"JAX_ENABLE_X64": "1", "PYTHONPATH": path}
         self._logs = [directory / f"{k}.log" for k in range(number)]
         self._running: list[subprocess.Popen[bytes]] = []
         for k, log in enumerate(self._logs):
@@ -139,19 +137,19 @@ LONG = {
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("pair")
     two = Launched(2, directory / "two", ";".join(["training", *(f"cases:{name}" for name in SHORT)]))
     alone(directory / "one", "training")
     two.succeed()
-    yield directory
+    return directory
 
 
 @pytest.fixture(scope="module")
-def long_pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def long_pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("pair")
     Launched(2, directory, ";".join(f"cases:{name}" for name in LONG)).succeed()
-    yield directory
+    return directory
 
 
 def test_training_on_two_processes_is_that_on_one(pair: Path) -> None:
@@ -174,10 +172,10 @@ def test_two_processes_agree_at_length(case: str, long_pair: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("one")
     alone(directory, "rows", "sampling", "sources", "seeds")
-    yield directory
+    return directory
 
 
 @pytest.mark.slow
