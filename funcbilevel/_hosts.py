@@ -19,7 +19,7 @@ _TOLD = 1000  # characters of an error that the other processes get to see
 
 
 class ProcessError(Exception):
-    """Another process of a run has failed; the message names it and its error, where it could still tell."""
+    """Another process of a run over several has failed: the message repeats its error, if it could still tell it."""
 
 
 class Status(NamedTuple):

@@ -32,6 +32,10 @@ def data_parallel(solver: BilevelSolver, mesh: Mesh, *, axis: str = "data", seed
         seeds: the mesh's axis over which seeds (or hyper-parameters) are divided, if the solver has them: the leading
             axis of every leaf of the state and of the batches. None: it has none.
 
+    The mesh may span several processes (`jax.distributed`). Batches given to `init`, `step`, `run` and, by an iterator,
+    to `train` are then this process's shard: the samples that its own devices hold, or arrays that are on the mesh
+    already. The key and parameters given to `init` must be the same on all.
+
     Returns:
         A `BilevelSolver`. `init` gives a state on the mesh; `step` is jitted, takes arguments from wherever they are,
         and gives a state that is placed as the one before: one compiled program for ever. `train` takes it as any

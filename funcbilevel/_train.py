@@ -77,6 +77,9 @@ def train(
 
     All chunks share one compiled program, the last and shorter one included; its buffers are donated.
 
+    On a mesh of several processes (see `data_parallel`) all of them make the same call, each with its own shard of an
+    iterator's batches. The run ends on all where the callback of one ends it, or where one has no data any more.
+
     A solver over several seeds at once goes in as `solver._replace(step=jax.vmap(solver.step))`, with a state from
     `jax.vmap(solver.init)`; `data` then gives one pair of batches for each seed (its key and step are arrays over the
     seeds, so `jax.vmap` of a sampler serves), and metrics have the seeds as second axis.
@@ -118,6 +121,7 @@ def train(
         NonFiniteError: NaN or inf in a level, with `on_nonfinite="raise"`, or once more than a `Rollback` allows. It
             carries state and metrics.
         CheckpointError: a checkpoint cannot be written, is damaged, or is of another run. Earlier ones stay.
+        ProcessError: of a run over several processes (`jax.distributed`), another one has failed or died.
         ValueError, TypeError: an argument is out of range or of the wrong kind.
 
         Whatever ends the run, from data, from the callback or by Ctrl-C (which waits for the running chunk; a second

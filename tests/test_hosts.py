@@ -28,14 +28,18 @@ class Ended(NamedTuple):
     seconds: float
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 class Launched:
     """Processes of `hosts.py`, which share four devices."""
 
     def __init__(self, number: int, directory: Path, tasks: str) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         flags = [f for f in os.environ["XLA_FLAGS"].split() if "device_count" not in f]
         devices = f"--xla_force_host_platform_device_count={hosts.DEVICES // number}"
         path = os.pathsep.join([str(Path(fb.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
@@ -221,3 +225,38 @@ def test_a_killed_process_ends_the_other_with_a_message_and_the_run_goes_on(whic
         (tmp_path / "one").mkdir()
         hosts.killed(tmp_path / "one", "none")
     assert_same_results(tmp_path / "two", tmp_path / "one")
+
+
+# The page on hosts.
+
+PAGE = (Path(__file__).parents[1] / "docs/howto/hosts.md").read_text(encoding="utf-8")
+
+
+def block(kind: str) -> str:
+    """The first of its kind on the page."""
+    found = re.search(rf"^```{kind}\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+    assert found
+    return found[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["plain", "slurm"])
+def test_the_program_on_the_page_prints_what_the_page_states(launcher: str, tmp_path: Path) -> None:
+    """Started by the page's own line, or with the variables that SLURM sets."""
+    (tmp_path / "train.py").write_text(block("py"), encoding="utf-8")
+    root = str(Path(fb.__file__).parents[1])
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = os.environ | {"PYTHONPATH": root, "PATH": path, "XLA_FLAGS": ""}
+    if launcher == "plain":
+        assert "localhost:8476" in block("bash")
+        line = block("bash").replace("8476", str(free_port()))
+    else:
+        job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": "2"}
+        line = "for k in 0 1; do SLURM_PROCID=$k SLURM_LOCALID=$k python train.py & done; wait"
+        environment |= job
+    run = subprocess.run(
+        ["bash", "-c", line], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert block("text") in run.stdout, run.stderr  # among what gloo says of its connections
+    assert len((tmp_path / "run/metrics.jsonl").read_text(encoding="utf-8").splitlines()) == 100
+    assert (tmp_path / "run/checkpoints/step_100/commit.json").exists()
