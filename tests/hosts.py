@@ -62,9 +62,9 @@ def keep(directory: Path, name: str, state: fb.BilevelState, metrics: Any) -> No
         np.savez(directory / f"{name}.npz", **arrays)
 
 
-def rows(directory: Path, *names: str) -> None:
-    """Two steps of rows of `test_sharding.py`."""
-    for kind, row in itertools.product(ON_MESH, names or ROWS):
+def rows(directory: Path, *kinds: str) -> None:
+    """Two steps of every row of `test_sharding.py`."""
+    for kind, row in itertools.product(kinds or ON_MESH, ROWS):
         solver = solver_of(row, kind)
         state, _ = solver.step(start(solver), own(0), own(5))
         state, metrics = solver.step(state, own(1), own(6))

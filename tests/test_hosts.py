@@ -183,9 +183,11 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [2, 4])
-def test_all_estimators_and_sources_give_what_one_process_gives(number: int, one: Path, tmp_path: Path) -> None:
-    Launched(number, tmp_path, "rows;sampling;sources" + (";seeds" if number == 2 else "")).succeed()
+@pytest.mark.parametrize(("number", "tasks"), [(2, "rows;sampling;sources;seeds"), (4, "rows:data_parallel;sampling")])
+def test_all_estimators_and_sources_give_what_one_process_gives(
+    number: int, tasks: str, one: Path, tmp_path: Path
+) -> None:
+    Launched(number, tmp_path, tasks).succeed()
     assert_same_results(one, tmp_path)
 
 
