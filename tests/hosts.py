@@ -86,8 +86,9 @@ def train(data: Any, steps: int = 7, kind: str = "data_parallel", **options: Any
     return fb.train(solver, start(solver), data, steps, **options)
 
 
-def training(directory: Path) -> None:
-    for kind in ON_MESH:
+def training(directory: Path, *kinds: str) -> None:
+    """Each process with its own shard of an iterator's batches."""
+    for kind in kinds or ON_MESH:
         keep(directory, f"iterator {kind}", *train(pairs(), kind=kind, prefetch=True))
 
 
@@ -332,7 +333,12 @@ def cases(directory: Path, *names: str) -> None:
             print(PROCESS, case.__name__, seen, file=sys.stderr, flush=True)
 
 
+def run(task: str, directory: Path) -> None:
+    """A task, by its name and arguments: `name:argument:argument`."""
+    name, *arguments = task.split(":")
+    globals()[name](directory, *arguments)
+
+
 if __name__ == "__main__":
     for task in sys.argv[5].split(";"):
-        name, *arguments = task.split(":")
-        globals()[name](Path(sys.argv[4]), *arguments)
+        run(task, Path(sys.argv[4]))

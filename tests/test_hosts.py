@@ -78,7 +78,7 @@ def alone(directory: Path, *tasks: str) -> None:
     directory.mkdir(exist_ok=True)
     with jax.enable_x64(True):
         for task in tasks:
-            getattr(hosts, task)(directory)
+            hosts.run(task, directory)
 
 
 def assert_same_results(some: Path, others: Path, pattern: str = "*", rtol: float = 1e-9) -> None:
@@ -143,8 +143,8 @@ LONG = {
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("pair")
-    two = Launched(2, directory / "two", ";".join(["training", *(f"cases:{name}" for name in SHORT)]))
-    alone(directory / "one", "training")
+    two = Launched(2, directory / "two", "training:data_parallel;cases:" + ":".join(SHORT))
+    alone(directory / "one", "training:data_parallel")
     two.succeed()
     return directory
 
@@ -152,12 +152,11 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def long_pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("pair")
-    Launched(2, directory, ";".join(f"cases:{name}" for name in LONG)).succeed()
+    Launched(2, directory, "cases:" + ":".join(LONG)).succeed()
     return directory
 
 
 def test_training_on_two_processes_is_that_on_one(pair: Path) -> None:
-    """Each with its own shard of an iterator's batches."""
     assert_same_results(pair / "two", pair / "one")
 
 
@@ -178,12 +177,14 @@ def test_two_processes_agree_at_length(case: str, long_pair: Path) -> None:
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("one")
-    alone(directory, "rows", "sampling", "sources", "seeds")
+    alone(directory, "rows", "training", "sampling", "sources", "seeds")
     return directory
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "tasks"), [(2, "rows;sampling;sources;seeds"), (4, "rows:data_parallel;sampling")])
+@pytest.mark.parametrize(
+    ("number", "tasks"), [(2, "rows;training;sampling;sources;seeds"), (4, "rows:data_parallel;sampling")]
+)
 def test_all_estimators_and_sources_give_what_one_process_gives(
     number: int, tasks: str, one: Path, tmp_path: Path
 ) -> None:
@@ -223,9 +224,7 @@ def test_a_killed_process_ends_the_other_with_a_message_and_the_run_goes_on(whic
     Launched(2, tmp_path / "two", "killed:none").succeed()
     log = (tmp_path / "two" / "0.log").read_text(encoding="utf-8")
     assert re.search(r"goes on from step [36] of 12", log), log
-    with jax.enable_x64(True):
-        (tmp_path / "one").mkdir()
-        hosts.killed(tmp_path / "one", "none")
+    alone(tmp_path / "one", "killed:none")
     assert_same_results(tmp_path / "two", tmp_path / "one")
 
 
