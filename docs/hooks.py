@@ -29,7 +29,7 @@ GALLERY = ROOT / "docs/gallery"
 API = {
     "problems": (
         "Problems and models",
-        r"_(problem|model|partition|precision|variable_projection|predictor|projection|kernel.*)",
+        r"_(problem|model|partition|precision|microbatches|variable_projection|predictor|projection|kernel.*)",
     ),
     "solver": ("Solver and training", r"_(bilevel|train|draws|state|checkpoint|recovery|followers|log|sharding|hosts)"),
     "estimators": ("Estimators and adjoints", r"_estimators\..*"),

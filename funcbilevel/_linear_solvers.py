@@ -202,7 +202,8 @@ def normal_cg(num_steps: int, damping: float = 0.0, rtol: float = 0.0) -> Linear
 
     def solve_general(matvec: LinearMap, rhs: PyTree) -> PyTree:
         transpose = jax.linear_transpose(matvec, rhs)
-        return conjugate_gradients(lambda u: transpose(matvec(u))[0], transpose(rhs)[0], None, num_steps, rtol, power=2)
+        normal, b = lambda u: transpose(matvec(u))[0], transpose(rhs)[0]
+        return conjugate_gradients(normal, b, None, num_steps, rtol, 2, consistent=True)
 
     return LinearSolver(solve, damping, solve_general=solve_general)
 
@@ -518,6 +519,7 @@ def conjugate_gradients(
     rtol: float = 0.0,
     power: int = 1,
     preconditioner: LinearMap | None = None,
+    consistent: bool = False,
 ) -> PyTree:
     """At most `num_steps` steps; stops where the residual is rounding error, so that nothing divides by zero.
 
@@ -530,6 +532,9 @@ def conjugate_gradients(
     is flatter than a tenth of the steepest so far. As the residuals are orthogonal, it has the least residual of all
     averages, that of MINRES, which falls in every step and never exceeds that of zero or of the start; and the end
     before flat directions does what damping would: on noisy batches their large steps are noise.
+
+    Where the system is known to be `consistent`, the last iterate is the answer in any case: its error falls in every
+    step, whatever its residual does.
 
     A start with a larger residual than zero's is dropped. What one batch's solution holds in the null space of its
     matrix is large for the next batch's, and would grow from batch to batch without limit.
@@ -556,11 +561,12 @@ def conjugate_gradients(
         # A start that is not zero is reached from zero by a step of length one along it: the same loop makes its
         # product, and the compiled program holds A once.
         def running(state: CGState) -> jax.Array:
-            return (state.steps < num_steps) & ((state.rr > least) | (state.steps < 0)) & state.positive
+            worthwhile = state.rr > least if initial is None else (state.rr > least) | (state.steps < 0)
+            return (state.steps < num_steps) & worthwhile & state.positive
 
         def step(state: CGState) -> CGState:
             steps, u, r, p, _, rz, smooth, s, weight, largest, _, steep, safe = state
-            to_start = steps < 0
+            to_start = jnp.asarray(False) if initial is None else steps < 0
             Ap = matvec(p)
             pAp, pp = tree_vdot(p, Ap), tree_vdot(p, p)
             largest = jnp.maximum(largest, pAp / pp)
@@ -608,6 +614,8 @@ def conjugate_gradients(
             jnp.asarray(True),
         )
         end = jax.lax.while_loop(running, step, start)
+        if consistent:
+            return end.u
         average = tree_where(tree_vdot(end.s, end.s) <= bb, end.smooth, zero)  # rounding, or a preconditioner
         sound = end.positive & (end.rr <= jnp.where(end.safe, 1.0, 0.01) * bb)
         return tree_where(sound, end.u, average)
