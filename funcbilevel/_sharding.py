@@ -26,7 +26,7 @@ def data_parallel(solver: BilevelSolver, mesh: Mesh, *, axis: str = "data", seed
 
     Arguments:
         solver: any; with `seeds`, one whose step is under `jax.vmap` and whose states have the seeds in front.
-        mesh: from `jax.make_mesh`, with axes of type Auto.
+        mesh: from `jax.make_mesh`. Explicit axes are taken for Auto ones: the compiler places what is in between.
         axis: the mesh's axis over which samples are divided. Their number must be a multiple of its size, in each of
             the two batches; a `Sampler` is divided draw by draw, a `FiniteSum` along the samples of its blocks.
         seeds: the mesh's axis over which seeds (or hyper-parameters) are divided, if the solver has them: the leading
@@ -42,7 +42,8 @@ def data_parallel(solver: BilevelSolver, mesh: Mesh, *, axis: str = "data", seed
         other, and puts the batches of an iterator where they belong.
 
     Raises:
-        ValueError, TypeError: the mesh lacks the axis or has explicit axes; samples cannot be divided evenly.
+        ValueError, TypeError: the mesh lacks the axis; samples cannot be divided evenly; `jax.set_mesh` has set a mesh
+            with explicit axes.
 
     Example:
         >>> mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -59,7 +60,7 @@ def data_parallel(solver: BilevelSolver, mesh: Mesh, *, axis: str = "data", seed
         True
     """
     name = "data_parallel"
-    _check_mesh(name, mesh, axis, seeds)
+    mesh = _with_auto_axes(name, mesh, axis, seeds)
     front = () if seeds is None else (seeds,)
     return _on_mesh(name, solver, mesh, axis, front, lambda x: P(*front))
 
@@ -73,7 +74,7 @@ def fully_sharded(solver: BilevelSolver, mesh: Mesh, *, axis: str = "data") -> B
 
     Arguments:
         solver: any.
-        mesh: from `jax.make_mesh`, with axes of type Auto.
+        mesh: from `jax.make_mesh`. Explicit axes are taken for Auto ones: the compiler places what is in between.
         axis: the mesh's axis over which samples and the state are divided.
 
     Returns:
@@ -98,7 +99,7 @@ def fully_sharded(solver: BilevelSolver, mesh: Mesh, *, axis: str = "data") -> B
         (4,)
     """
     name = "fully_sharded"
-    _check_mesh(name, mesh, axis, None)
+    mesh = _with_auto_axes(name, mesh, axis, None)
     size = mesh.shape[axis]
 
     def spec(x: Any) -> P:
@@ -111,7 +112,7 @@ def fully_sharded(solver: BilevelSolver, mesh: Mesh, *, axis: str = "data") -> B
     return _on_mesh(name, solver, mesh, axis, (), spec)
 
 
-def _check_mesh(name: str, mesh: Mesh, *axes: str | None) -> None:
+def _with_auto_axes(name: str, mesh: Mesh, *axes: str | None) -> Mesh:
     if not isinstance(mesh, Mesh):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(
             f"{name}: mesh must be a jax.sharding.Mesh, got {type(mesh).__name__}; make one by jax.make_mesh."
@@ -124,10 +125,14 @@ def _check_mesh(name: str, mesh: Mesh, *axes: str | None) -> None:
     for axis in axes:
         if axis is not None and axis not in mesh.shape:
             raise ValueError(f"{name}: mesh must have the axis {axis!r}, got {', '.join(map(repr, mesh.shape))}.")
-    if any(kind != AxisType.Auto for kind in mesh.axis_types):
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+
+
+def _check_context(name: str) -> None:
+    if AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types:
         raise ValueError(
-            f"{name}: mesh must have axes of type Auto, got {mesh.axis_types}; pass axis_types=(jax.sharding.AxisType."
-            f"Auto,) * {len(mesh.shape)} to jax.make_mesh. (On a mesh with explicit axes solver.step works as it is.)"
+            f"{name}: the solver has a mesh with axes of type Auto, but jax.set_mesh has set one with explicit axes; "
+            "call it outside of that."
         )
 
 
@@ -178,6 +183,7 @@ def _on_mesh(
         return put_batch("inner", sample(key), ())
 
     def step_on_mesh(state: Any, inner_batch: Batch, outer_batch: Batch) -> Any:
+        _check_context(name)
         state = put_state(state)
         after, metrics = solver.step(state, put_batch("inner", inner_batch), put_batch("outer", outer_batch))
         return put_state(after), jax.tree.map(lambda x: put(x, P(*front)), metrics)
@@ -192,6 +198,7 @@ def _on_mesh(
     def init(
         key: Any, outer_params: Any, inner_batch: Batch, inner_params: Any = None, outer_batch: Batch = None
     ) -> Any:
+        _check_context(name)
         if not processes.several:
             return put_state(solver.init(key, outer_params, inner_batch, inner_params, outer_batch))
         _check_same(name, processes, key=key, outer_params=outer_params, inner_params=inner_params)

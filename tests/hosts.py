@@ -24,7 +24,8 @@ if NUMBER > 1:
     jax.distributed.initialize(f"127.0.0.1:{PORT}", NUMBER, PROCESS, heartbeat_timeout_seconds=10)
 
 from test_data_parallel import make  # noqa: E402 (which asks for devices)
-from test_sharding import ON_MESH, ROWS, batch  # noqa: E402
+from test_sharding import ON_MESH, ROWS, batch, finite_sums  # noqa: E402
+from test_stochastic import METHODS, OMEGA, THETA, build  # noqa: E402
 
 import funcbilevel as fb  # noqa: E402
 
@@ -69,6 +70,17 @@ def rows(directory: Path, *kinds: str) -> None:
         state, _ = solver.step(start(solver), own(0), own(5))
         state, metrics = solver.step(state, own(1), own(6))
         keep(directory, f"{kind} {row}", state, metrics)
+
+
+def stochastic(directory: Path) -> None:
+    """Two steps of every stochastic method, each process with its share of the samples of each block."""
+    share = lambda x: np.split(x.reshape(-1, 8, *x.shape[1:]), NUMBER, axis=1)[PROCESS]
+    inner, outer = (fb.FiniteSum(jax.tree.map(share, t), jax.random.key(i), False) for i, t in enumerate(finite_sums()))
+    for name in METHODS:
+        solver = fb.data_parallel(build(name), mesh())
+        state = solver.init(jax.random.key(1), OMEGA, inner, THETA, outer)
+        state, _ = solver.step(state, inner, outer)
+        keep(directory, f"stochastic {name}", *solver.step(state, inner, outer))
 
 
 # Training.

@@ -177,13 +177,13 @@ def test_two_processes_agree_at_length(case: str, long_pair: Path) -> None:
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("one")
-    alone(directory, "rows", "training", "sampling", "sources", "seeds")
+    alone(directory, "rows", "stochastic", "training", "sampling", "sources", "seeds")
     return directory
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("number", "tasks"), [(2, "rows;training;sampling;sources;seeds"), (4, "rows:data_parallel;sampling")]
+    ("number", "tasks"), [(2, "rows;stochastic;training;sampling;sources;seeds"), (4, "rows:data_parallel;sampling")]
 )
 def test_all_estimators_and_sources_give_what_one_process_gives(
     number: int, tasks: str, one: Path, tmp_path: Path
