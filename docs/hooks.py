@@ -195,6 +195,7 @@ TASKS = {  # directory of records -> (title, command)
 OTHERS = {  # further directories of records -> title
     "cartpole-tuned": "CartPole, tuned",
     "cost": "What a hypergradient costs",
+    "devices": "Many devices, on paper",
     "fairness-article": "Adult, the article's settings",
     "fairness-nba": "Accuracy and parity: NBA",
     "fairness-outside": "Adult, beside methods from outside",

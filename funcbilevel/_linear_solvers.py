@@ -11,7 +11,14 @@ import jax.numpy as jnp
 import jax.scipy.sparse.linalg as sparse
 from jax.flatten_util import ravel_pytree
 
-from funcbilevel._arguments import check_at_least, check_callable, check_like, check_number, check_positive
+from funcbilevel._arguments import (
+    check_at_least,
+    check_callable,
+    check_like,
+    check_number,
+    check_positive,
+    check_shapes,
+)
 from funcbilevel._described import describe, described
 from funcbilevel._fit import FitState
 from funcbilevel._tree import (
@@ -356,6 +363,10 @@ def from_lineax(solver: lineax.AbstractLinearSolver[Any], damping: float = 0.0) 
 def as_linear_solver(solver: Any, function: str = "aid") -> LinearSolver:
     """`solver`, or a bare lineax solver made into a `LinearSolver`."""
     if isinstance(solver, LinearSolver):
+        check_callable(function, "linear_solver.solve", solver.solve, "matvec, rhs, initial")
+        if solver.solve_general is not None:
+            check_callable(function, "linear_solver.solve_general", solver.solve_general, "matvec, rhs")
+        check_at_least(function, "linear_solver.damping", solver.damping, 0.0)
         return solver
     if any(cls.__module__.partition(".")[0] == "lineax" for cls in type(solver).__mro__):
         return from_lineax(solver)
@@ -386,7 +397,7 @@ def solve_linear(
 
     b = tree_scaled(tree_cast(rhs, dtype), 1.0 / size)
     start = None if initial is None else tree_scaled(tree_cast(initial, dtype), 1.0 / size)
-    u = solver.solve(damped, b, start)
+    u = _solution_like(b, solver.solve(damped, b, start))
     Au = rescaled(matvec, rhs)(u)
     norm = tree_norm(u)
     curvature = tree_norm(Au) / jnp.where(norm > 0, norm, 1.0)
@@ -413,12 +424,18 @@ def solve_implicit(solver: LinearSolver, matvec: LinearMap, rhs: PyTree) -> PyTr
             return tree_add_scaled(_scaled(A(u), sign), solver.damping, u)
 
         if solver.solve_general is None:
-            u = solver.solve(damped, _scaled(b, sign), None)
+            u = _solution_like(b, solver.solve(damped, _scaled(b, sign), None))
         else:
-            u = solver.solve_general(damped, b)
+            u = _solution_like(b, solver.solve_general(damped, b))
         return tree_cast(nan_unless(~jnp.isnan(product), tree_scaled(u, size)), rhs)
 
     return jax.lax.custom_linear_solve(matvec, rhs, solve, solve, symmetric=solver.solve_general is None)
+
+
+def _solution_like(rhs: PyTree, solution: PyTree) -> PyTree:
+    """`solution`, if it is like `rhs`: a solver may be the user's own."""
+    check_shapes("LinearSolver", "the solution", solution, rhs, "return u of A u = rhs, a pytree like rhs.")
+    return tree_cast(jax.tree.map(jnp.asarray, solution), rhs)
 
 
 def in_working_dtype(f: LinearMap, like: PyTree) -> LinearMap:
