@@ -270,26 +270,31 @@ STEPS = {"inner_optimizer": optax.adam(1e-2), "outer_optimizer": optax.adam(1e-2
 
 
 @pytest.mark.parametrize(
-    ("name", "in_loops", "once"),
+    ("name", "kind", "most"),
     [
         # In loops: an inner step, a conjugate gradient. Once: the moments, the first residual, the flags, and all that
         # is left: cross derivative, values, norms.
-        ("funcid-linear", 2, 4),
+        ("funcid-linear", "data_parallel", {"all-reduce": (2, 4)}),
         # In loops: an inner step; an adjoint step, on each of its two batches. Once: the flags, and all that is left.
-        ("funcid-learned", 3, 2),
+        ("funcid-learned", "data_parallel", {"all-reduce": (3, 2)}),
+        # And each of the two layers, in each computation that uses it.
+        ("funcid-linear", "fully_sharded", {"all-reduce": (3, 4), "all-gather": (2, 2)}),
+        ("funcid-learned", "fully_sharded", {"all-reduce": (5, 2), "all-gather": (7, 4)}),
     ],
 )
-def test_all_reduces_of_a_data_parallel_step(name: str, in_loops: int, once: int) -> None:
+def test_messages_of_a_step(name: str, kind: str, most: dict[str, tuple[int, int]]) -> None:
+    """Of each kind, in loops and outside of them."""
     from test_data_parallel import problem
 
     estimator = {
         "funcid-linear": fb.funcid(fb.linear_adjoint(features)),
         "funcid-learned": fb.funcid(fb.learned_adjoint(optax.adam(1e-2), 10)),
     }[name]
-    found = collectives(fb.bilevel(problem(None), MODEL, estimator, **STEPS), "data_parallel")
-    assert set(found) == {"all-reduce"}
-    assert found["all-reduce"].count("loop") <= in_loops
-    assert found["all-reduce"].count("once") <= once
+    found = collectives(fb.bilevel(problem(None), MODEL, estimator, **STEPS), kind)
+    assert set(found) == set(most)
+    for message, (in_loops, once) in most.items():
+        assert found[message].count("loop") <= in_loops
+        assert found[message].count("once") <= once
 
 
 @pytest.mark.parametrize("kind", ON_MESH)
