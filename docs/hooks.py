@@ -31,7 +31,7 @@ API = {
         "Problems and models",
         r"_(problem|model|partition|precision|microbatches|variable_projection|predictor|projection|kernel.*)",
     ),
-    "solver": ("Solver and training", r"_(bilevel|train|draws|state|checkpoint|recovery|followers|log|sharding)"),
+    "solver": ("Solver and training", r"_(bilevel|train|draws|state|checkpoint|recovery|followers|log|sharding|hosts)"),
     "estimators": ("Estimators and adjoints", r"_estimators\..*"),
     "linear-solvers": ("Linear solvers", r"_(linear_solvers|nystrom.*|precondition.*)"),
     "implicit": ("Implicit layers", r"_(implicit|argmin|prox)"),

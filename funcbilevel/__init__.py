@@ -45,6 +45,7 @@ from funcbilevel._estimators.pzobo import pzobo as pzobo
 from funcbilevel._estimators.value_penalty import value_penalty as value_penalty
 from funcbilevel._fit import FitState as FitState
 from funcbilevel._followers import followers as followers
+from funcbilevel._hosts import ProcessError as ProcessError
 from funcbilevel._implicit import custom_fixed_point as custom_fixed_point
 from funcbilevel._implicit import custom_root as custom_root
 from funcbilevel._implicit import kkt_conditions as kkt_conditions
@@ -146,6 +147,7 @@ __all__ = [
     "ParametricProblem",
     "Partition",
     "Predictor",
+    "ProcessError",
     "Rollback",
     "Sampler",
     "StopTraining",

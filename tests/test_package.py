@@ -47,7 +47,7 @@ LAYERS = [
 ]
 LOOP = {
     *("_bilevel", "_certify", "_cost", "_diagnose", "_error", "_followers", "_train", "_data", "_history", "_state"),
-    *("_checkpoint", "_identity", "_recovery", "_log", "_sharding"),
+    *("_checkpoint", "_hosts", "_identity", "_recovery", "_log", "_sharding"),
 }
 SHARED = {m for m in SHORT if m.startswith("_estimators._")}  # what several estimators are made of
 STOCHASTIC = {m for m in SHORT if m.startswith("_stochastic._")}  # what several stochastic methods are made of
