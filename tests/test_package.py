@@ -38,11 +38,11 @@ LAYERS = [
     {"_projection"},
     {"_predictor"},
     {"_estimator"},
-    {"_check"},
+    {"_check", "_returned"},
     {"_linear_solvers", "_features", "_kernels"},
     {"_implicit", "_ridge"},
     {"_argmin", "_prox"},
-    {"_variable_projection", "_precision"},
+    {"_variable_projection", "_precision", "_microbatches"},
     {"_kernel_model"},
 ]
 LOOP = {
