@@ -25,7 +25,7 @@ def log_jsonl(path: str | os.PathLike[str], every: int = 1) -> Log:
     One object a line, and one line a step: `{"step": 12, "outer_objective": 0.5, ...}`, with all metrics under their
     names, numbers or booleans; lists of them, one for each seed, under vmap; NaN and infinities as the strings "NaN",
     "Infinity" and "-Infinity", which `float` reads and JSON lacks numbers for. The lines of a chunk are written at once
-    and flushed, so that whoever reads while the run goes on sees whole lines.
+    and flushed, so that one can read while the run goes on; what follows the last newline is still being written.
 
     A file that is there is gone on with. Where the run goes back, to a checkpoint after a kill or by a `Rollback`, the
     lines of steps that are made anew are removed first: the file has each step once, in order.
