@@ -7,7 +7,7 @@
 Two questions, of the benchmark's own solver classes, data and objectives, none of which is copied here:
 
 - Iterates: does its solver make the steps of ours, given the same samples and step sizes? 50 steps in float64. Its code
-  takes its samples by a function, for which we put one that reads them from a list, in the order in which its code asks;
+  takes its samples by a function, for which we put one that reads them from a list, in the order in which it asks;
   where it takes one batch for two purposes, ours gets the same batch for both. Series of random length have the lengths
   that ours drew. Where its first step is not the published one, it starts from our state after that step.
 - Gradient: ||grad h||^2 after 256 and 512 outer steps, in float32, with samples drawn (as simulated.py counts them),
@@ -105,6 +105,7 @@ class Listed(fb.FiniteSum):
     blocks: Any = None
 
     def index(self, i: Any) -> jax.Array:
+        """That of draw number i."""
         return self.blocks[self.first + i]
 
 
@@ -481,14 +482,17 @@ def compiled_epoch(theirs: Theirs, solver: Any) -> Callable[[Any, int], Any]:
         return lambda carry, _: program(carry[1], carry[0])
     if theirs.file in ("srba", "vrbo"):
         program = solver.one_epoch.lower(solver.init(), CHUNK, 0).compile()
-        return lambda carry, done: program(carry, done)
+        return program
     program = solver.one_epoch.lower(solver.init(), CHUNK).compile()
     return lambda carry, _: program(carry)
 
 
 def measure_theirs(clone: Clone, name: str, objective: Mapping[str, Any], metrics: Any) -> Iterator[store.Record]:
     theirs = THEIRS[name]
-    gradient = lambda omega: float(metrics(objective["inner_var0"], omega)["value"])
+
+    def gradient(omega: Any) -> float:
+        return float(metrics(objective["inner_var0"], omega)["value"])
+
     begun = {"gradient_start": gradient(objective["outer_var0"])}
     per_step = samples_per_step(theirs)
     drawn = {
@@ -578,15 +582,15 @@ def iterates_table(records: Sequence[store.Record]) -> str:
     rows: list[tuple[str, ...]] = []
     for record in records:
         values, settings = store.values(record), record["settings"]
-        theta = f"{values['theta']:.1e}" if "theta" in values else "–"
+        theta = f"{values['theta']:.1e}" if "theta" in values else "-"
         equal = max(values["omega"], values.get("theta", 0.0)) <= 1e-6
         rows.append(
             (
                 *(f"`{record['method']}`", f"{values['omega']:.1e}", theta),
-                *("yes" if equal else "no", settings["said"] or "–"),
+                *("yes" if equal else "no", settings["said"] or "-"),
             )
         )
-    rows += [(f"`{name}`", "–", "–", "not compared", said) for name, said in NOT_COMPARED.items()]
+    rows += [(f"`{name}`", "-", "-", "not compared", said) for name, said in NOT_COMPARED.items()]
     return table.markdown(("solver", "omega", "theta", "to 1e-6", "remarks"), rows)
 
 
@@ -607,17 +611,11 @@ def gradient_rows(records: Sequence[store.Record]) -> list[Row]:
     for record in records:
         of_method.setdefault(record["method"], []).append(record)
     made: list[Row] = []
+    names = (f"gradient_{STEPS // 2}", f"gradient_{STEPS}", f"samples_{STEPS}", "seconds_per_step", "compile_seconds")
     for name, of in of_method.items():
         values = [store.values(record) for record in of]
-        median = lambda key, values=values: float(np.median([v[key] for v in values]))
-        keys = (
-            f"gradient_{STEPS // 2}",
-            f"gradient_{STEPS}",
-            f"samples_{STEPS}",
-            "seconds_per_step",
-            "compile_seconds",
-        )
-        made.append(Row(name, of[0]["settings"]["family"] != "benchopt", *map(median, keys)))
+        medians = [float(np.median([v[key] for v in values])) for key in names]
+        made.append(Row(name, of[0]["settings"]["family"] != "benchopt", *medians))
     return sorted(made, key=lambda row: np.nan_to_num(row.last, nan=np.inf))
 
 
@@ -653,12 +651,12 @@ def report(records: Sequence[store.Record]) -> str:
     )
     return (
         "# Beside the field's benchmark\n\n"
-        f"benchopt {settings['benchopt']}, `benchmark_bilevel` at commit `{settings['benchmark_commit'][:12]}`, its data "
-        f"set `simulated`, its objectives, {machine['cpu']}.\n\n"
+        f"benchopt {settings['benchopt']}, `benchmark_bilevel` at commit `{settings['benchmark_commit'][:12]}`, its "
+        f"data set `simulated`, its objectives, {machine['cpu']}.\n\n"
         f"## Iterates\n\nThe largest relative difference over {COMPARED} steps in float64, same samples and step sizes."
         f"\n\n{iterates_table(which['iterates'])}\n"
-        "## Gradient\n\nMedians over five orders of the samples of what takes less than 20 ms a step, one order of the rest; float32. The "
-        "benchmark's solvers have their default parameters, its sampler, which draws the last batch of every epoch "
+        "## Gradient\n\nMedians over five orders of the samples of what takes less than 20 ms a step, one order of the "
+        "rest; float32. The benchmark's solvers have their default parameters, its sampler, which draws the last batch of every epoch "
         f"twice, and its own compiled program; ours the same step sizes.\n\n{table.markdown(header, lines)}\n"
         f"{best(rows)}\n"
     )

@@ -12,7 +12,8 @@ every 16 steps, as SRBA does (by default every 4,096). Methods that the benchmar
 
 The figure of merit is ||grad h||^2 of the value function h, by the exact inner solution on all samples, after 256 and
 512 outer steps. Samples drawn count every draw of a batch once, whatever is computed on it, and whole passes over the
-data; of a Neumann series of random length as many as it has products on average. The script fails if a method ends with a larger gradient than it began with.
+data; of a Neumann series of random length as many as it has products on average. The script fails if a method ends with
+a larger gradient than it began with.
 """
 
 import argparse
@@ -214,8 +215,8 @@ class Setting(NamedTuple):
 def drawn_anew(data: Data) -> Setting:
     n, q = data.inner.b.shape
     start = (jnp.full(q, START), jnp.zeros(data.inner.a.shape[1]))
-    gradient = lambda omega: gradient_squared(data, omega)
-    return Setting(TASK, PROBLEM, [(level, BATCH) for level in data], *start, gradient, n)
+    levels = [(level, BATCH) for level in data]
+    return Setting(TASK, PROBLEM, levels, *start, lambda omega: gradient_squared(data, omega), n)
 
 
 def measure(method: Method, setting: Setting, steps: int, seeds: int, chunk: int = CHUNK) -> Iterator[store.Record]:
