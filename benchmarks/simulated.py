@@ -123,6 +123,7 @@ def _solvers() -> Iterator[Method]:
     yield of(fb.f2sa, first, **penalised, inner_steps=M)
     yield of(fb.f3sa, first, **penalised, momentum=0.5)
     yield of(fb.pbgd, first, **penalised, inner_steps=M)
+    yield of(fb.pbgd_free, first, **sizes, penalty=penalty["penalty"], inner_steps=M)
     yield of(fb.bome, first, **_sizes(linear=False), solution_optimizer=0.1, solution_steps=M)
     proximal: Any = {"proximal_optimizer": falling(0.1, 4 / 7), "proximal_weight": 1.0}
     yield of(fb.meha, first, **sizes, **proximal, penalty=lambda t: (1.0 + t) ** 0.3)
