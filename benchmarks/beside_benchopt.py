@@ -256,8 +256,8 @@ TWINS: dict[str, Twin] = {
         *("vrbo", vrbo_order, ((K + 2) * M, M)),
         parameters={"period_frac": 1.0},
         shared={(K + 2) * turn + 1: (K + 2) * turn for turn in range(M)},
-        said="in the first turn of its inner loop the older point is the last inner point but one with the new omega, so "
-        "that the change of omega never enters the estimates; ours is the point of before the outer step",
+        said="in the first turn of its inner loop the older point is the last inner point but one with the new omega, "
+        "so that the change of omega never enters the estimates; ours is the point of before the outer step",
     ),
     "vrbo, omega held": Twin(
         *("vrbo", vrbo_order, ((K + 2) * M, M)),
@@ -411,9 +411,6 @@ REMARKS = {name: twin.said for name, twin in TWINS.items()} | {"bome": "all samp
 
 def iterates(clone: Clone, names: Sequence[str]) -> Iterator[store.Record]:
     objective, _ = clone.problem(**SMALL)
-    said = {name: (twin.said, twin.equal) for name, twin in TWINS.items()} | {
-        "bome": ("all samples in each draw", True)
-    }
     for name in names:
         start = time.perf_counter()
         found = compare_bome(clone, objective) if name == "bome" else compare(clone, name, TWINS[name], objective)

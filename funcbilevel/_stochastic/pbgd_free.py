@@ -46,7 +46,8 @@ def pbgd_free(
     What it leaves out of the penalised gradient, :math:`\lambda (\partial_\omega G(\omega, \theta) - \partial_\omega
     \min G)`, tends to the implicit part of the hypergradient as lambda grows. The paper proves convergence where that
     is small: where F is flat in theta around the inner solution. Elsewhere omega stops at another point, and where F
-    does not depend on omega (hyper-cleaning, weights of losses, regularisers) it never moves: take `pbgd` or `f2sa` there.
+    does not depend on omega (hyper-cleaning, weights of losses, regularisers) it never moves: take `pbgd` or `f2sa`
+    there.
 
     Order: first. Draws per step: inner 0, ..., M - 1 (theta); outer 0, ..., M - 1 (theta), M (omega). The paper's
     method is deterministic: all draws are the same full batch. Memory: none.
