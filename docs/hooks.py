@@ -29,7 +29,7 @@ GALLERY = ROOT / "docs/gallery"
 API = {
     "problems": (
         "Problems and models",
-        r"_(problem|model|partition|precision|variable_projection|predictor|projection|kernel.*)",
+        r"_(problem|model|partition|precision|microbatches|variable_projection|predictor|projection|kernel.*)",
     ),
     "solver": ("Solver and training", r"_(bilevel|train|draws|state|checkpoint|recovery|followers|log|sharding)"),
     "estimators": ("Estimators and adjoints", r"_estimators\..*"),
@@ -196,6 +196,7 @@ OTHERS = {  # further directories of records -> title
     "beside_benchopt": "Beside the field's benchmark",
     "cartpole-tuned": "CartPole, tuned",
     "cost": "What a hypergradient costs",
+    "devices": "Many devices, on paper",
     "fairness-article": "Adult, the article's settings",
     "fairness-nba": "Accuracy and parity: NBA",
     "fairness-outside": "Adult, beside methods from outside",

@@ -67,6 +67,8 @@ from funcbilevel._log import log_tensorboard as log_tensorboard
 from funcbilevel._methods import Method as Method
 from funcbilevel._methods import MethodTable as MethodTable
 from funcbilevel._methods import methods as methods
+from funcbilevel._microbatches import microbatched as microbatched
+from funcbilevel._microbatches import microbatched_objective as microbatched_objective
 from funcbilevel._model import FrozenState as FrozenState
 from funcbilevel._model import LinearHead as LinearHead
 from funcbilevel._model import Model as Model
@@ -199,6 +201,8 @@ __all__ = [
     "measure_costs",
     "meha",
     "methods",
+    "microbatched",
+    "microbatched_objective",
     "mixed_precision",
     "mrbo",
     "neumann",
