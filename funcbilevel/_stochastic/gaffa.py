@@ -103,21 +103,22 @@ def gaffa(
     Raises:
         ValueError, TypeError: an argument is out of range or of the wrong kind; `constraint` gives no array [m].
 
-    Example: theta is to be near omega, but at most 1.
+    Example: theta follows omega, but at most to 1; a solution is omega = 3 and theta = 1 with the multiplier 4.
         >>> import jax, jax.numpy as jnp, funcbilevel as fb
         >>> problem = fb.ParametricProblem(
         ...     lambda w, theta, _: jnp.sum((theta - w) ** 2),
-        ...     lambda w, theta, _: jnp.sum((theta - 2.0) ** 2 + 0.1 * w**2),
+        ...     lambda w, theta, _: jnp.sum((theta - 2.0) ** 2 + 0.1 * (w - 3.0) ** 2),
         ... )
         >>> solver = fb.gaffa(
         ...     problem, constraint=lambda w, theta: theta - 1.0, inner_optimizer=0.05, proximal_optimizer=0.05,
         ...     outer_optimizer=0.05, penalty=lambda t: (1.0 + t) ** 0.3, multiplier_step_size=0.05,
         ...     proximal_weight=1.0, multiplier_weight=1.0, multiplier_bound=10.0,
         ... )
-        >>> state = solver.init(jax.random.key(0), jnp.zeros(1), 0.0, jnp.zeros(1))
-        >>> state, _ = jax.jit(solver.run, static_argnums=3)(state, jnp.zeros(5000), jnp.zeros(5000), 5000)
-        >>> bool(jnp.abs(state.inner_params[0] - 1.0) < 0.1)
-        True
+        >>> batches = jnp.zeros(10_000)
+        >>> state = solver.init(jax.random.key(0), jnp.zeros(1), batches[0], jnp.zeros(1))
+        >>> state, metrics = jax.jit(solver.run)(state, batches, batches)
+        >>> bool(metrics["constraint_violation"][-1] < 0.2), bool(state.estimator_state.z[0] > 2.5)
+        (True, True)
 
     References:
         Yao, Yin, Zeng, Zhang, *Overcoming lower-level constraints in bilevel optimization: a novel approach with
