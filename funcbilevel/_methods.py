@@ -95,7 +95,7 @@ def methods() -> MethodTable:
     Example:
         >>> table = fb.methods()
         >>> [row.name for row in table.rows if row.order == "first" and row.kind == "solver"]
-        ['f2sa', 'f3sa', 'pbgd', 'bome', 'meha']
+        ['f2sa', 'f3sa', 'pbgd', 'pbgd_free', 'bome', 'meha', 'gaffa']
         >>> print(table)  # doctest: +SKIP
     """
     kinds = (("estimator", ESTIMATORS), ("solver", SOLVERS))
