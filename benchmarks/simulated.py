@@ -12,7 +12,8 @@ every 16 steps, as SRBA does (by default every 4,096). Methods that the benchmar
 
 The figure of merit is ||grad h||^2 of the value function h, by the exact inner solution on all samples, after 256 and
 512 outer steps. Samples drawn count every draw of a batch once, whatever is computed on it, and whole passes over the
-data. The script fails if a method ends with a larger gradient than it began with.
+data; of a Neumann series of random length as many as it has products on average. The script fails if a method ends with
+a larger gradient than it began with.
 """
 
 import argparse
@@ -57,20 +58,22 @@ class Method(NamedTuple):
     Attributes:
         name: as published.
         family: in the figure.
-        build: makes the solver.
+        build: makes the solver of a problem.
         settings: what tells it from others of the same name.
         period: outer steps from one pass over all samples to the next; 0: none but perhaps at the start.
         passes: over all samples at the start.
         fresh: whether every inner step draws, or one batch serves an outer step.
+        unused: of the draws that a step numbers, how many a random length leaves out on average.
     """
 
     name: str
     family: str
-    build: Callable[[], fb.BilevelSolver]
+    build: Callable[[fb.ParametricProblem], fb.BilevelSolver]
     settings: Mapping[str, Any] = {}
     period: int = 0
     passes: int = 0
     fresh: bool = True
+    unused: float = 0.0
 
     @property
     def label(self) -> str:
@@ -88,8 +91,12 @@ def _sizes(power: float = 0.0, outer: float | None = None, linear: bool = True) 
 
 def _solvers() -> Iterator[Method]:
     def of(function: Any, family: str, *, passes: int = 0, **arguments: Any) -> Method:
-        period = arguments.get("period", 0)
-        return Method(function.__name__, family, lambda: function(PROBLEM, **arguments), {}, period, passes)
+        return Method(
+            *(function.__name__, family, lambda problem: function(problem, **arguments)),
+            period=arguments.get("period", 0),
+            passes=passes,
+            unused=(arguments.get("neumann_terms", 1) - 1) / 2,
+        )
 
     one, two, first = "single loop", "double loop", "first order"
     series: Any = {"neumann_step_size": 0.1}
@@ -110,12 +117,13 @@ def _solvers() -> Iterator[Method]:
     yield of(fb.bsa, two, **_sizes(0.5, linear=False), **series, inner_steps=M, neumann_terms=K)
     yield of(fb.stocbio, two, **_sizes(linear=False), **series, inner_steps=M, neumann_steps=K)
     yield of(fb.amigo, two, **_sizes(), inner_steps=M, linear_steps=K)
-    sizes = _sizes(5 / 7, 4 / 7, linear=False)
-    penalty: Any = {"penalty": growing(1.0, 0.01, 1 / 7), "penalty_optimizer": falling(0.1, 4 / 7)}
+    sizes = _sizes(4 / 7, linear=False)
+    penalty: Any = {"penalty": growing(1.0, 0.01, 1 / 7), "penalty_optimizer": falling(0.1, 5 / 7)}
     penalised: Any = {**sizes, **penalty}
     yield of(fb.f2sa, first, **penalised, inner_steps=M)
     yield of(fb.f3sa, first, **penalised, momentum=0.5)
     yield of(fb.pbgd, first, **penalised, inner_steps=M)
+    yield of(fb.pbgd_free, first, **sizes, penalty=penalty["penalty"], inner_steps=M)
     yield of(fb.bome, first, **_sizes(linear=False), solution_optimizer=0.1, solution_steps=M)
     proximal: Any = {"proximal_optimizer": falling(0.1, 4 / 7), "proximal_weight": 1.0}
     yield of(fb.meha, first, **sizes, **proximal, penalty=lambda t: (1.0 + t) ** 0.3)
@@ -123,9 +131,9 @@ def _solvers() -> Iterator[Method]:
 
 def _estimators() -> Iterator[Method]:
     def of(name: str, estimator: fb.Estimator, fresh: bool = True, **settings: Any) -> Method:
-        def build() -> fb.BilevelSolver:
+        def build(problem: fb.ParametricProblem) -> fb.BilevelSolver:
             sizes: Any = {"inner_optimizer": optax.sgd(0.1), "outer_optimizer": optax.sgd(0.1)}
-            return fb.bilevel(PROBLEM, None, estimator, **sizes, inner_steps=M)
+            return fb.bilevel(problem, None, estimator, **sizes, inner_steps=M)
 
         draws = {"draws": "fresh" if fresh else "one batch"}
         return Method(name, "estimator", build, settings | draws, fresh=fresh)
@@ -178,22 +186,48 @@ def draws_per_step(solver: fb.BilevelSolver, state: fb.BilevelState, sources: Se
     return counts
 
 
-def samples_drawn(method: Method, per_step: int, steps: int, num_samples: int) -> int:
+def samples_drawn(method: Method, per_step: float, steps: int, num_samples: int) -> float:
     """Of both levels, in `steps` outer steps."""
     passes = method.passes + (-(-steps // method.period) if method.period else 0)
     return per_step * BATCH * steps + passes * 2 * num_samples
 
 
-def measure(method: Method, data: Data, steps: int, seeds: int, chunk: int = CHUNK) -> Iterator[store.Record]:
-    """One record for each order of the samples."""
-    solver = method.build()
+class Setting(NamedTuple):
+    """What a method is measured on.
+
+    Attributes:
+        task: in records.
+        problem: with its objectives on a batch.
+        levels: the samples of the inner and the outer sum, in their order, and how many make a block.
+        omega, theta: where all start.
+        gradient: omega -> the squared norm of the value function's gradient.
+        n: the samples of each level.
+    """
+
+    task: str
+    problem: fb.ParametricProblem
+    levels: Sequence[tuple[Any, int]]
+    omega: jax.Array
+    theta: jax.Array
+    gradient: Callable[[np.ndarray], float]
+    n: int
+
+
+def drawn_anew(data: Data) -> Setting:
     n, q = data.inner.b.shape
-    p = data.inner.a.shape[1]
-    omega, theta = jnp.full(q, START), jnp.zeros(p)
+    start = (jnp.full(q, START), jnp.zeros(data.inner.a.shape[1]))
+    levels = [(level, BATCH) for level in data]
+    return Setting(TASK, PROBLEM, levels, *start, lambda omega: gradient_squared(data, omega), n)
+
+
+def measure(method: Method, setting: Setting, steps: int, seeds: int, chunk: int = CHUNK) -> Iterator[store.Record]:
+    """One record for each order of the samples."""
+    solver, omega, theta = method.build(setting.problem), setting.omega, setting.theta
 
     def sources(seed: int) -> tuple[fb.FiniteSum, ...]:
         keys = jax.random.split(jax.random.key(seed))
-        return tuple(fb.finite_sum(level, BATCH, key=key) for level, key in zip(data, keys, strict=True))
+        levels = zip(setting.levels, keys, strict=True)
+        return tuple(fb.finite_sum(data, size, key=key) for (data, size), key in levels)
 
     def init(seed: int) -> fb.BilevelState:
         inner, outer = sources(seed)
@@ -211,23 +245,23 @@ def measure(method: Method, data: Data, steps: int, seeds: int, chunk: int = CHU
     compiled = jax.jit(advance).lower(first, *sources(0)).compile()
     compile_seconds = time.perf_counter() - start
     jax.block_until_ready(compiled(first, *sources(0)))
-    per_step = sum(draws_per_step(solver, first, sources(0))) if method.fresh else 2
+    per_step = sum(draws_per_step(solver, first, sources(0))) - method.unused if method.fresh else 2
 
     for seed in range(seeds):
         state, drawn = init(seed), sources(seed)
-        metrics = {"gradient_start": gradient_squared(data, np.asarray(omega)), "compile_seconds": compile_seconds}
+        metrics = {"gradient_start": setting.gradient(np.asarray(omega)), "compile_seconds": compile_seconds}
         times: list[float] = []
         for done in range(chunk, steps + 1, chunk):
             start = time.perf_counter()
             state = jax.block_until_ready(compiled(state, *drawn))
             times.append((time.perf_counter() - start) / chunk)
             if done in (steps // 2, steps):
-                metrics[f"gradient_{done}"] = gradient_squared(data, np.asarray(state.outer_params))
-                metrics[f"samples_{done}"] = samples_drawn(method, per_step, done, n)
+                metrics[f"gradient_{done}"] = setting.gradient(np.asarray(state.outer_params))
+                metrics[f"samples_{done}"] = samples_drawn(method, per_step, done, setting.n)
         metrics["seconds_per_step"] = statistics.median(times)
-        settings = {"n": n, "p": p, "q": q, "batch": BATCH, "steps": steps, "family": method.family}
-        settings = settings | {f"own_{name}": value for name, value in method.settings.items()}
-        yield store.record(TASK, method.label, seed, settings, metrics, sum(times))
+        settings = {"n": setting.n, "p": theta.size, "q": omega.size, "batch": BATCH, "steps": steps}
+        settings |= {"family": method.family} | {f"own_{name}": value for name, value in method.settings.items()}
+        yield store.record(setting.task, method.label, seed, settings, metrics, sum(times))
 
 
 def diverged(records: Sequence[store.Record]) -> list[str]:
@@ -373,17 +407,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         write(args.report)
         return
     if args.quick:
-        data = simulated_problem.generate(192, 8, 6)
+        setting = drawn_anew(simulated_problem.generate(192, 8, 6))
         names = args.methods or QUICK
-        records = [record for name in names for record in measure(METHODS[name], data, 64, 1, chunk=32)]
+        records = [record for name in names for record in measure(METHODS[name], setting, 64, 1, chunk=32)]
         print(report(records))
     else:
         args.output.mkdir(parents=True, exist_ok=True)
-        path, data = args.output / "runs.jsonl", simulated_problem.generate(NUM_SAMPLES)
+        path, setting = args.output / "runs.jsonl", drawn_anew(simulated_problem.generate(NUM_SAMPLES))
         done = {record["method"] for record in store.read(path)} if path.exists() else set()
         for name in args.methods or METHODS:
             if name not in done:
-                store.append(path, list(measure(METHODS[name], data, STEPS, SEEDS)))
+                store.append(path, list(measure(METHODS[name], setting, STEPS, SEEDS)))
         records = write(args.output)
     if bad := diverged(records):
         raise SystemExit(f"end worse than they began: {', '.join(bad)}")

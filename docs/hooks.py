@@ -193,6 +193,7 @@ TASKS = {  # directory of records -> (title, command)
     "cleaning": ("Data hyper-cleaning: wrong labels found by their weights", "compare cleaning"),
 }
 OTHERS = {  # further directories of records -> title
+    "beside_benchopt": "Beside the field's benchmark",
     "cartpole-tuned": "CartPole, tuned",
     "cost": "What a hypergradient costs",
     "devices": "Many devices, on paper",

@@ -99,10 +99,12 @@ from funcbilevel._stochastic.bsa import bsa as bsa
 from funcbilevel._stochastic.f2sa import f2sa as f2sa
 from funcbilevel._stochastic.f3sa import f3sa as f3sa
 from funcbilevel._stochastic.fsla import fsla as fsla
+from funcbilevel._stochastic.gaffa import gaffa as gaffa
 from funcbilevel._stochastic.ma_soba import ma_soba as ma_soba
 from funcbilevel._stochastic.meha import meha as meha
 from funcbilevel._stochastic.mrbo import mrbo as mrbo
 from funcbilevel._stochastic.pbgd import pbgd as pbgd
+from funcbilevel._stochastic.pbgd_free import pbgd_free as pbgd_free
 from funcbilevel._stochastic.saba import saba as saba
 from funcbilevel._stochastic.soba import soba as soba
 from funcbilevel._stochastic.srba import srba as srba
@@ -179,6 +181,7 @@ __all__ = [
     "fsla",
     "fully_sharded",
     "funcid",
+    "gaffa",
     "gaussian_kernel",
     "gmres",
     "gradient_descent",
@@ -210,6 +213,7 @@ __all__ = [
     "parametrize",
     "partition",
     "pbgd",
+    "pbgd_free",
     "pointwise_adjoint",
     "predictor",
     "projection_affine",

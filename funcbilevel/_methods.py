@@ -21,10 +21,12 @@ from funcbilevel._stochastic.bsa import bsa
 from funcbilevel._stochastic.f2sa import f2sa
 from funcbilevel._stochastic.f3sa import f3sa
 from funcbilevel._stochastic.fsla import fsla
+from funcbilevel._stochastic.gaffa import gaffa
 from funcbilevel._stochastic.ma_soba import ma_soba
 from funcbilevel._stochastic.meha import meha
 from funcbilevel._stochastic.mrbo import mrbo
 from funcbilevel._stochastic.pbgd import pbgd
+from funcbilevel._stochastic.pbgd_free import pbgd_free
 from funcbilevel._stochastic.saba import saba
 from funcbilevel._stochastic.soba import soba
 from funcbilevel._stochastic.srba import srba
@@ -38,7 +40,7 @@ ESTIMATORS: tuple[Callable[..., Any], ...] = (
 )
 SOLVERS: tuple[Callable[..., Any], ...] = (
     *(soba, ma_soba, saba, srba, fsla, sustain, mrbo, vrbo, ttsa, bsa, stocbio, amigo),
-    *(f2sa, f3sa, pbgd, bome, meha),
+    *(f2sa, f3sa, pbgd, pbgd_free, bome, meha, gaffa),
 )
 
 
@@ -93,7 +95,7 @@ def methods() -> MethodTable:
     Example:
         >>> table = fb.methods()
         >>> [row.name for row in table.rows if row.order == "first" and row.kind == "solver"]
-        ['f2sa', 'f3sa', 'pbgd', 'bome', 'meha']
+        ['f2sa', 'f3sa', 'pbgd', 'pbgd_free', 'bome', 'meha', 'gaffa']
         >>> print(table)  # doctest: +SKIP
     """
     kinds = (("estimator", ESTIMATORS), ("solver", SOLVERS))

@@ -138,7 +138,7 @@ def test_tasks_are_apart_and_their_files_short(module: str) -> None:
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_scripts_use_the_public_api(script: Path) -> None:
-    assert all(name in ("", "iv") or name.partition(".")[0] == "tasks" for name in imports(script))
+    assert all(name in ("", "iv") or name.partition(".")[0] in ("tasks", "contrib") for name in imports(script))
     assert not private_names(script)
 
 

@@ -67,7 +67,7 @@ def outer_objective(omega: jax.Array, theta: Any, batch: Any) -> jax.Array:
 
 
 PROBLEM = fb.ParametricProblem(inner_objective, outer_objective)
-FIRST_ORDER = ("f2sa", "f3sa", "pbgd", "bome", "meha")
+FIRST_ORDER = ("f2sa", "f3sa", "pbgd", "pbgd_free", "bome", "meha", "gaffa")
 OMEGA, THETA = np.array([0.5, -1.0]), {"first": np.array([0.3, -0.2]), "last": np.array(0.7)}
 
 
@@ -340,6 +340,16 @@ def pbgd(D: Hand) -> Any:
         k = yield w, z
 
 
+def pbgd_free(D: Hand) -> Any:
+    (w, y), k = START, (yield)
+    while True:
+        step, i, j, _ = k
+        for n in range(2):
+            y = y - RHO * (D.g(i(n), w, y) + D.f_t(j(n), w, y) / penalty(step))
+        w = w - gamma(step) * D.f_w(j(2), w, y)
+        k = yield w, y
+
+
 def bome(D: Hand) -> Any:
     (w, t), k = START, (yield)
     while True:
@@ -367,6 +377,34 @@ def meha(D: Hand) -> Any:
         k = yield w, t
 
 
+# Two constraints on the inner solution, of which the first binds: g = T theta + S omega - e.
+T, S, E = np.array([[1.0, -1.0, 0.5], [0.2, 0.4, -0.3]]), np.array([[0.3, 0.1], [-0.2, 0.4]]), np.array([0.1, 2.0])
+
+
+def constraint(omega: jax.Array, theta: Any) -> jax.Array:
+    dtype = omega.dtype
+    return jnp.asarray(T, dtype) @ flat(theta) + jnp.asarray(S, dtype) @ omega - jnp.asarray(E, dtype)
+
+
+def gaffa(D: Hand) -> Any:
+    (w, t), k = START, (yield)
+    y, z, g = t, np.zeros(2), lambda w, t: T @ t + S @ w - E
+    while True:
+        step, i, j, _ = k
+        c = penalty(step)
+        y = y - ALPHA * (D.g(i(0), w, y) + T.T @ z + (y - t) / 1.3)
+        lam = np.maximum(z + 0.8 * g(w, t), 0.0)
+        d_w = D.f_w(j(0), w, t) / c + g_w(D, i(1), w, t) + S.T @ lam - g_w(D, i(1), w, y) - S.T @ z
+        d_t = D.f_t(j(0), w, t) / c + D.g(i(1), w, t) + T.T @ lam - (t - y) / 1.3
+        d_z = -(z - lam) / 0.8 - g(w, y)
+        w, t, z = w - gamma(step) * d_w, t - RHO * d_t, np.clip(z - 0.1 * d_z, 0.0, 0.5)
+        k = yield w, t
+
+
+GAP: dict[str, Any] = SIZES | {"proximal_optimizer": ALPHA, "penalty": penalty, "proximal_weight": 1.3}
+GAP |= {"constraint": constraint, "multiplier_step_size": 0.1, "multiplier_weight": 0.8, "multiplier_bound": 0.5}
+
+
 class Row(NamedTuple):
     """A method's settings, its published update, and its draws per step of the inner and the outer samples."""
 
@@ -391,8 +429,10 @@ METHODS: dict[str, Row] = {
     "f2sa": Row(PENALTY | {"inner_steps": 2}, f2sa, (6, 3)),
     "f3sa": Row(PENALTY | {"momentum": ETA}, f3sa, (4, 2)),
     "pbgd": Row(PENALTY | {"inner_steps": 3}, pbgd, (4, 1)),
+    "pbgd_free": Row(SIZES | {"penalty": penalty, "inner_steps": 2}, pbgd_free, (2, 3)),
     "bome": Row(SIZES | {"solution_optimizer": RHO_U, "solution_steps": 3, "barrier": 0.7}, bome, (4, 1)),
     "meha": Row(SIZES | {"proximal_optimizer": ALPHA, "penalty": penalty, "proximal_weight": 1.3}, meha, (3, 2)),
+    "gaffa": Row(GAP, gaffa, (2, 1)),
 }
 
 
