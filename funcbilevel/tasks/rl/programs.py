@@ -283,7 +283,7 @@ class Programs(NamedTuple):
             The state is donated.
     """
 
-    init: Callable[[Any], State]
+    init: Callable[..., State]
     explore: Callable[[State], State]
     chunk: Callable[[State, Any], tuple[State, dict[str, jax.Array]]]
 
