@@ -60,8 +60,8 @@ def from_gymnasium(
 def cartpole() -> Environment:
     """Gymnasium's `CartPole-v1` as a pure function: reward 1 per step, at most 500 of them.
 
-    The `polemass_length` of `gymnasium.envs.phys2d.cartpole.CartPoleFunctional` is the sum of mass and length, 0.6, which
-    is another pole; here it is their product, 0.05, as in `CartPole-v1`.
+    In `gymnasium.envs.phys2d.cartpole.CartPoleFunctional` the `polemass_length` is the sum of mass and length, 0.6,
+    which makes it another pole; here it is their product, 0.05, as in `CartPole-v1`.
     """
     from gymnasium.envs.phys2d.cartpole import CartPoleFunctional, CartPoleParams  # noqa: PLC0415
 

@@ -164,7 +164,7 @@ def _pair(row: Row, x: Array, reference: Array) -> Pair:
 
 # What is shown of them.
 
-HEADER = ("method", "model", "lr", "seeds", "broke", "mean", "AUC", "95% CI", "final", "95% CI")
+HEADER = ("method", "model", "lr", "seeds", "broke", "AUC", "95% CI", "final", "95% CI")
 PAIRED = ("method", "model", "seeds", "AUC less MLE's", "95% CI", "times MLE's", "95% CI", "p")
 
 
@@ -179,7 +179,6 @@ def _cells(row: Row) -> tuple[str, ...]:
         f"{row.settings['inner_learning_rate']:g}" + ("" if row.settings["warm_adam"] else "*"),
         str(len(row.seeds)),
         str(row.broke),
-        f"{np.mean(row.auc):.0f}",
         f"{interquartile_mean(row.auc):.0f}",
         "{:.0f}..{:.0f}".format(*interval(row.auc)),
         f"{interquartile_mean(row.final):.0f}",
@@ -203,8 +202,8 @@ def _paired_cells(pair: Pair) -> tuple[str, ...]:
 
 def _shown(rows: Sequence[Row], pairs: Sequence[Pair], task: str) -> table.page:
     note = (
-        f"Evaluation returns on {task}. mean and AUC: averaged over training, by mean and by interquartile mean over "
-        "seeds; final: over the last tenth, by interquartile mean. model: hidden width and environment steps; lr: of "
+        f"Evaluation returns on {task}. AUC: averaged over training; final: over the last tenth; both by "
+        "interquartile mean over seeds. model: hidden width and environment steps; lr: of "
         "Adam on the Q-networks, with * restarted at every step; broke: runs in which something was not finite."
     )
     parts: list[Any] = [table.terminal(HEADER, map(_cells, rows)), note]
