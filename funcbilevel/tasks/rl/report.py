@@ -164,8 +164,8 @@ def _pair(row: Row, x: Array, reference: Array) -> Pair:
 
 # What is shown of them.
 
-HEADER = ("method", "model", "lr", "seeds", "broke", "AUC", "95% CI", "final", "95% CI")
-PAIRED = ("method", "model", "seeds", "AUC less MLE's", "95% CI", "times MLE's", "95% CI", "p")
+HEADER = ("method", "model", "lr", "n", "broke", "AUC", "95% CI", "final", "95% CI")
+PAIRED = ("method", "model", "n", "- MLE", "95% CI", "/ MLE", "95% CI", "p")
 
 
 def _model(row: Row) -> str:
@@ -202,17 +202,17 @@ def _paired_cells(pair: Pair) -> tuple[str, ...]:
 
 def _shown(rows: Sequence[Row], pairs: Sequence[Pair], task: str) -> table.page:
     note = (
-        f"Evaluation returns on {task}. AUC: averaged over training; final: over the last tenth; both by "
-        "interquartile mean over seeds. model: hidden width and environment steps; lr: of "
-        "Adam on the Q-networks, with * restarted at every step; broke: runs in which something was not finite."
+        f"Evaluation returns on {task}. AUC: averaged over training; final: over the last tenth; both by interquartile "
+        "mean over n seeds. model: hidden width and environment steps; lr: of Adam on the Q-networks, with * restarted "
+        "at every step; broke: runs in which something was not finite."
     )
     parts: list[Any] = [table.terminal(HEADER, map(_cells, rows)), note]
     if pairs:
-        parts += [
-            table.terminal(PAIRED, map(_paired_cells, pairs)),
-            "Beside maximum likelihood, seed by seed: the mean difference, the ratio of interquartile means, and the "
-            "p-value of the Wilcoxon signed-rank test.",
-        ]
+        beside = (
+            "The AUC beside that of maximum likelihood, seed by seed: mean difference, ratio of interquartile means, "
+            "p-value of the Wilcoxon signed-rank test."
+        )
+        parts += [table.terminal(PAIRED, map(_paired_cells, pairs)), beside]
     return table.page(*parts)
 
 
