@@ -853,6 +853,12 @@ def test_interquartile_mean_and_its_interval():
     np.testing.assert_allclose(report.interval(np.ones(10)), 1.0)
 
 
+def test_curves_are_smoothed_by_the_evaluations_around():
+    x = np.random.default_rng(0).normal(size=(3, 9))
+    expected = [np.mean(x[:, max(0, i - 2) : i + 3], axis=1) for i in range(9)]
+    np.testing.assert_allclose(report.smoothed(x), np.stack(expected, axis=1))
+
+
 def test_report_shows_what_the_records_hold(tmp_path):
     """A method that the table does not know, runs without curves, and one that diverged."""
     where = store.Store(tmp_path, "cartpole")

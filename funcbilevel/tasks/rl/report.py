@@ -172,11 +172,15 @@ def _model(row: Row) -> str:
     return f"{row.settings['model_width']}, {row.settings['steps'] / 1000:g}k"
 
 
+def _rate(row: Row) -> str:
+    return f"{row.settings['inner_learning_rate']:g}" + ("" if row.settings["warm_adam"] else "*")
+
+
 def _cells(row: Row) -> tuple[str, ...]:
     return (
         row.method,
         _model(row),
-        f"{row.settings['inner_learning_rate']:g}" + ("" if row.settings["warm_adam"] else "*"),
+        _rate(row),
         str(len(row.seeds)),
         str(row.broke),
         f"{interquartile_mean(row.auc):.0f}",
@@ -218,8 +222,20 @@ def _shown(rows: Sequence[Row], pairs: Sequence[Pair], task: str) -> table.page:
 
 def _label(row: Row, same: Sequence[Row]) -> str:
     """The method, and those of its settings in which its runs differ."""
-    differing = [name for name in row.settings if len({str(other.settings.get(name)) for other in same}) > 1]
-    return ", ".join([row.method, *(f"{name.replace('_', ' ')} {row.settings[name]}" for name in differing)])
+    parts = [row.method] + ([f"lr {_rate(row)}"] if len({_rate(other) for other in same}) > 1 else [])
+    others = row.settings.keys() - {"inner_learning_rate", "warm_adam"}
+    differing = [name for name in sorted(others) if len({str(other.settings.get(name)) for other in same}) > 1]
+    return ", ".join([*parts, *(f"{name.replace('_', ' ')} {row.settings[name]}" for name in differing)])
+
+
+SMOOTH = 5
+
+
+def smoothed(x: Array) -> Array:
+    """[..., points] -> the same: means of `SMOOTH` evaluations around each, of fewer at the ends."""
+    points = x.shape[-1]
+    near = np.abs(np.subtract.outer(np.arange(points), np.arange(points))) <= SMOOTH // 2
+    return x @ (near / near.sum(axis=0))
 
 
 def draw(rows: Sequence[Row], task: str, path: Path) -> None:
@@ -237,7 +253,7 @@ def draw(rows: Sequence[Row], task: str, path: Path) -> None:
             shown = [row for row in rows if _panel(row) == panel]
             _draw_panel(axes, shown)
             steps, width = panel
-            seeds = " or ".join(map(str, sorted({len(row.seeds) for row in shown})))
+            seeds = " to ".join(map(str, sorted({f(len(row.seeds) for row in shown) for f in (min, max)})))
             axes.set(title=f"{task}: world model of width {width}, {seeds} seeds", xlim=(0, steps))
             axes.set(xlabel="Environment steps")
             axes.grid(alpha=0.25, lw=0.6)
@@ -249,8 +265,8 @@ def draw(rows: Sequence[Row], task: str, path: Path) -> None:
         for axes in figure.axes:
             for line, label in zip(*axes.get_legend_handles_labels(), strict=True):
                 legend.setdefault(label, line)
-        title = "lines: interquartile mean over seeds; bands: its 95% bootstrap interval"
-        place: Any = {"loc": "outside lower center", "ncols": 3 * across, "frameon": False}
+        title = f"interquartile mean over seeds and its 95% interval, of the mean over {SMOOTH} evaluations"
+        place: Any = {"loc": "outside lower center", "ncols": 2 * across, "frameon": False}
         figure.legend(legend.values(), legend.keys(), title=title, **place)
 
 
@@ -262,6 +278,6 @@ def _draw_panel(axes: Any, shown: Sequence[Row]) -> None:
         same = [other for other in shown if other.method == row.method]
         style: Any = {"color": colour(METHODS, row.method)}
         line: Any = {"ls": "-" if row.method not in {other.method for other in shown[:i]} else "--"}
-        returns = row.curves[CURVES[0]]
-        axes.plot(row.step, interquartile_mean(returns), lw=1.8, label=_label(row, same), **style, **line)
-        axes.fill_between(row.step, *interval(returns), alpha=0.13, lw=0, **style)
+        returns = smoothed(row.curves[CURVES[0]])
+        axes.plot(row.step, interquartile_mean(returns), lw=2.0, label=_label(row, same), **style, **line)
+        axes.fill_between(row.step, *interval(returns), alpha=0.1, lw=0, **style)
