@@ -29,9 +29,9 @@ GALLERY = ROOT / "docs/gallery"
 API = {
     "problems": (
         "Problems and models",
-        r"_(problem|model|partition|precision|variable_projection|predictor|projection|kernel.*)",
+        r"_(problem|model|partition|precision|microbatches|variable_projection|predictor|projection|kernel.*)",
     ),
-    "solver": ("Solver and training", r"_(bilevel|train|draws|state|checkpoint|recovery|followers|log|sharding)"),
+    "solver": ("Solver and training", r"_(bilevel|train|draws|state|checkpoint|recovery|followers|log|sharding|hosts)"),
     "estimators": ("Estimators and adjoints", r"_estimators\..*"),
     "linear-solvers": ("Linear solvers", r"_(linear_solvers|nystrom.*|precondition.*)"),
     "implicit": ("Implicit layers", r"_(implicit|argmin|prox)"),
@@ -197,6 +197,7 @@ TASKS = {  # directory of records -> (title, command)
 }
 OTHERS = {  # further directories of records -> title
     "cost": "What a hypergradient costs",
+    "devices": "Many devices, on paper",
     "fairness-article": "Adult, the article's settings",
     "fairness-nba": "Accuracy and parity: NBA",
     "fairness-outside": "Adult, beside methods from outside",

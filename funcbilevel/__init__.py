@@ -45,6 +45,7 @@ from funcbilevel._estimators.pzobo import pzobo as pzobo
 from funcbilevel._estimators.value_penalty import value_penalty as value_penalty
 from funcbilevel._fit import FitState as FitState
 from funcbilevel._followers import followers as followers
+from funcbilevel._hosts import ProcessError as ProcessError
 from funcbilevel._implicit import custom_fixed_point as custom_fixed_point
 from funcbilevel._implicit import custom_root as custom_root
 from funcbilevel._implicit import kkt_conditions as kkt_conditions
@@ -67,6 +68,8 @@ from funcbilevel._log import log_tensorboard as log_tensorboard
 from funcbilevel._methods import Method as Method
 from funcbilevel._methods import MethodTable as MethodTable
 from funcbilevel._methods import methods as methods
+from funcbilevel._microbatches import microbatched as microbatched
+from funcbilevel._microbatches import microbatched_objective as microbatched_objective
 from funcbilevel._model import FrozenState as FrozenState
 from funcbilevel._model import LinearHead as LinearHead
 from funcbilevel._model import Model as Model
@@ -144,6 +147,7 @@ __all__ = [
     "ParametricProblem",
     "Partition",
     "Predictor",
+    "ProcessError",
     "Rollback",
     "Sampler",
     "StopTraining",
@@ -196,6 +200,8 @@ __all__ = [
     "measure_costs",
     "meha",
     "methods",
+    "microbatched",
+    "microbatched_objective",
     "mixed_precision",
     "mrbo",
     "neumann",

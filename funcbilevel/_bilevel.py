@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -31,13 +30,14 @@ from funcbilevel._check import (
     warn_of_assumptions,
 )
 from funcbilevel._data import Form, batch_form
-from funcbilevel._described import describe, described, fields_that_differ
+from funcbilevel._described import describe, described, fields_that_differ, show
 from funcbilevel._draws import FiniteSum, Minibatches, Sampler, check_draws, draw, placed, run_steps
 from funcbilevel._estimator import Estimator, Hypergradient, InnerSolution, InnerSolve
 from funcbilevel._fit import FitState, fit
 from funcbilevel._model import Model
 from funcbilevel._predictor import training_value_and_grad
 from funcbilevel._problem import FunctionalProblem, Problem, mean_over_devices, reduce_over_devices
+from funcbilevel._returned import check_estimate, check_next_state
 from funcbilevel._tree import all_finite, own_buffer, stays_finite, tree_add_scaled, tree_norm, tree_where
 from funcbilevel._typing import Batch, InnerParams, Key, Metrics, ModelState, OuterParams, PyTree
 
@@ -129,8 +129,9 @@ def hypergradient(
     else:
         check_estimator_state(name, "state", estimator, problem, model, start, batch, state, {})
     solve = _inner_solve(problem, model, inner_optimizer, estimator.unroll, lambda _: start, inner_batch, inner_key)
-    inner, result = estimator.estimate(problem, model, solve, outer_params, batch, outer_batch, state, estimator_key)
-    result = _averaged(problem, outer_params, result)
+    returned = estimator.estimate(problem, model, solve, outer_params, batch, outer_batch, state, estimator_key)
+    inner, result = check_estimate(name, returned, outer_params)
+    result = _averaged(problem, result)
     metrics = result.metrics | {
         "inner_finite": all_finite(inner.fit.params, inner.fit.model_state) & ~inner.diverged,
         "outer_finite": _outer_finite(result, outer_params, result.gradient),
@@ -401,6 +402,7 @@ def bilevel(
         return jax.tree.map(own_buffer, state)
 
     def step(state: BilevelState, inner_batch: Batch, outer_batch: Batch) -> tuple[BilevelState, Metrics]:
+        check_state("step", state)
         omega = state.outer_params
         key, inner_key, estimator_key, outer_key = jax.random.split(state.key, 4)
         check_draws("step", inner_batch, inner_steps)
@@ -432,8 +434,10 @@ def bilevel(
             solve = _inner_solve(
                 problem, model, inner_optimizer, estimator.unroll, start, inner_batch, inner_key, inner_steps, f
             )
-            inner, hyper = estimator.estimate(problem, model, solve, f, batch, outer_batch, warm_start, estimator_key)
-            hyper = _averaged(problem, f, hyper)
+            returned = estimator.estimate(problem, model, solve, f, batch, outer_batch, warm_start, estimator_key)
+            inner, hyper = check_estimate("step", returned, f)
+            check_next_state("step", "estimator.estimate", hyper.state, warm_start)
+            hyper = _averaged(problem, hyper)
             return inner, hyper, pull_back(hyper.gradient), outer_model_state
 
         def F(omega: OuterParams) -> jax.Array:
@@ -605,9 +609,17 @@ def _inner_solve(
     return solve
 
 
-def _averaged(problem: Problem, outer_params: OuterParams, hyper: Hypergradient) -> Hypergradient:
-    """`hyper` of all devices of the problem's mapped axis, checked to be like `outer_params`."""
-    chex.assert_trees_all_equal_shapes_and_dtypes(hyper.gradient, outer_params)  # the estimator's side of the protocol
+def check_state(function: str, state: Any) -> None:
+    """That it is the state of a solver."""
+    if not isinstance(state, BilevelState):
+        raise TypeError(
+            f"{function}: state must be an fb.BilevelState, got {show(state)}; make one by solver.init, or take what "
+            "the last step returned."
+        )
+
+
+def _averaged(problem: Problem, hyper: Hypergradient) -> Hypergradient:
+    """`hyper` of all devices of the problem's mapped axis."""
     if problem.axis_name is None:
         return hyper
     explicit, implicit, value = mean_over_devices(problem, (hyper.explicit, hyper.implicit, hyper.outer_value))

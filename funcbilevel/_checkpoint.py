@@ -14,7 +14,6 @@ import io
 import json
 import os
 import shutil
-import sys
 import threading
 import zlib
 from collections.abc import Callable
@@ -28,11 +27,12 @@ import numpy as np
 from funcbilevel._arguments import check_number
 from funcbilevel._data import Position
 from funcbilevel._history import HostMetrics
+from funcbilevel._hosts import Processes
 from funcbilevel._identity import Identity, differences
 from funcbilevel._state import is_key, leaf_name, stored_dtype, with_kind_of
 from funcbilevel._typing import PyTree
 
-_FORMAT = 1
+_FORMAT = 2
 _IN_USE: set[Path] = set()
 
 
@@ -83,21 +83,28 @@ class Checkpoint:
 class Store:
     """The checkpoints of one run, while it goes on."""
 
-    def __init__(self, checkpoint: Checkpoint, run: Identity) -> None:
+    def __init__(self, checkpoint: Checkpoint, run: Identity, processes: Processes) -> None:
         self.directory = Path(checkpoint.directory).expanduser().resolve()
         self.every = checkpoint.every
         self._keep = checkpoint.keep
-        self._first = jax.process_index() == 0
+        self._processes, self._first = processes, processes.first
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._saver: Any = None
-        self._lock = self._open() if self._first else None
+        if jax.process_count() > 1 and not processes.several:
+            raise ValueError(
+                f"train: checkpoint needs a state on a mesh of all {jax.process_count()} processes, got one on devices "
+                "of this process alone, which orbax does not write; make the run with fb.data_parallel, or start this "
+                "process without jax.distributed."
+            )
+        self._lock: int | None = None
         try:
-            self._recognise(run)
+            processes.together(lambda: self._recognise(run) if self._first else None)
+            processes.together(lambda: None if self._first else self._recognise(run))  # what the first one has made
         except BaseException:
             self._release()
             raise
-        self._saved = max(self._steps(), default=0)
+        self._saved = max(self._shared_steps(), default=0)
 
     # The directory.
 
@@ -140,7 +147,14 @@ class Store:
 
     def _recognise(self, run: Identity) -> None:
         """That the directory is new, or holds this run; what a killed process left half-written is removed."""
+        if self._first:
+            self._lock = self._open()
         path = self.directory / "run.json"
+        if not self._first and not path.exists():
+            raise CheckpointError(
+                f"train: {path} is not there for process {jax.process_index()}, though the first process has written "
+                "it; choose a directory that all processes share."
+            )
         if not path.exists():
             foreign = sorted(p.name for p in self.directory.iterdir() if p.name not in ("metrics", "lock"))
             if any(name.startswith("step_") or name.isdigit() for name in foreign):
@@ -148,8 +162,7 @@ class Store:
                     f"train: {self.directory} holds {', '.join(foreign[:3])} but no run.json: checkpoints that "
                     "fb.train did not write; choose another directory."
                 )
-            if self._first:
-                self._guard(path, lambda: _write_json(path, {"format": _FORMAT, "run": run}))
+            self._guard(path, lambda: _write_json(path, {"format": _FORMAT, "run": run}))
             return
         there = _read_json(path, "choose another directory, or remove this one to start anew")
         if there.get("format") != _FORMAT:
@@ -178,12 +191,16 @@ class Store:
         commits = self.directory.glob("step_*/commit.json")
         return sorted(int(number) for c in commits if (number := c.parent.name.removeprefix("step_")).isdigit())
 
+    def _shared_steps(self) -> list[int]:
+        """The same, as the first process sees them."""
+        return self._processes.of_first(self._steps())
+
     # Reading.
 
     def drop_last(self, count: int) -> None:
         """Removes so many of the last checkpoints, of which the first of all is the run's start; the oldest stays."""
-        self.wait()
-        steps = self._steps()
+        self._processes.together(self.wait)
+        steps = self._shared_steps()
         newest_left = max(len(steps) - count, 0 if steps and steps[0] <= self.every else 1)
         for step in steps[newest_left:] if self._first else ():
             self._remove(step)
@@ -195,7 +212,7 @@ class Store:
 
     def restore(self, like: PyTree, num_outer_steps: int) -> tuple[PyTree, HostMetrics, Position] | None:
         """The last checkpoint, on the devices of `like`; None: there is none yet."""
-        if not (steps := self._steps()):
+        if not (steps := self._shared_steps()):
             return None
         step = steps[-1]
         if step > num_outer_steps:
@@ -203,10 +220,15 @@ class Store:
                 f"train: the run in {self.directory} has made {step} outer steps, more than num_outer_steps="
                 f"{num_outer_steps}; ask for as many at least, or choose another directory."
             )
+        return self._processes.together(lambda: self._read(steps, like))
+
+    def _read(self, steps: list[int], like: PyTree) -> tuple[PyTree, HostMetrics, Position]:
+        """The last of the checkpoints."""
+        step = steps[-1]
         folder, earlier = self._folder(step), f"step {steps[-2]}" if len(steps) > 1 else "the start"
         mend = f"to go on from {earlier}, remove {folder}"
         commit = _read_json(folder / "commit.json", mend)
-        for name, (size, checksum) in commit["files"].items():
+        for name, (size, checksum) in commit["files"].items() if self._first else ():
             _check_file(folder / name, size, checksum, mend)
         arrays = _arrays(like)
         target = {
@@ -220,8 +242,18 @@ class Store:
         read = {name: x if arrays[name].committed else jnp.array(np.asarray(x)) for name, x in read.items()}
         paths, structure = jax.tree_util.tree_flatten_with_path(like)
         leaves = [with_kind_of(leaf, read.get(name := leaf_name(path), arrays[name])) for path, leaf in paths]
-        position = Position(**commit["position"] | {"iterator": _decoded(commit["position"]["iterator"])})
+        position = Position(**commit["position"] | {"iterator": _decoded(self._own(commit["iterators"], folder))})
         return jax.tree.unflatten(structure, leaves), self._metrics(step, mend), position
+
+    def _own(self, iterators: list[Any], folder: Path) -> Any:
+        """Where this process was in its data: one for all, or one for each."""
+        indices = self._processes.indices
+        if len(iterators) not in (1, len(indices)):
+            raise CheckpointError(
+                f"train: {folder} holds the places of {len(iterators)} processes in their data, got {len(indices)} "
+                f"processes; go on with {len(iterators)}, or with data that has no get_state."
+            )
+        return iterators[0] if len(iterators) == 1 else iterators[indices.index(jax.process_index())]
 
     def _metrics(self, done: int, mend: str) -> HostMetrics:
         """Metrics of all steps up to the checkpoint; those of later ones are removed."""
@@ -257,21 +289,31 @@ class Store:
 
     def save(self, state: PyTree, metrics: HostMetrics, position: Position) -> None:
         """Starts to write a checkpoint. `metrics` are those of the whole run, as views."""
-        self.wait()
+        self._processes.together(self.wait)
         step, since = position.done, self._saved
         if step == since:
             return
         folder = self._folder(step)
-        encoded = position._asdict() | {"iterator": self._encode(position.iterator)}
+        iterators = self._processes.gather(self._encode(position.iterator))
+        if all(one == iterators[0] for one in iterators):
+            iterators = iterators[:1]
+        commit = {"position": position._replace(iterator=None)._asdict(), "iterators": iterators}
         # A copy, since the next chunk takes the state's buffers; on other devices than CPUs orbax copies to the host.
         arrays = {name: jnp.copy(a) if _on_cpu(a) else a for name, a in _arrays(state).items() if a.size}
         piece = {name: np.array(values[since:step]) for name, values in metrics.items()}
-        self._guard(folder, lambda: self._orbax().save(folder / "state", arrays) if arrays else folder.mkdir())
+        self._processes.together(lambda: self._make(folder))
+        if arrays:
+            self._guard(folder, lambda: self._orbax().save(folder / "state", arrays))
         self._saved = step
-        self._thread = threading.Thread(target=self._finish, args=(step, since, piece, encoded), daemon=True)
+        self._thread = threading.Thread(target=self._finish, args=(step, since, piece, commit), daemon=True)
         self._thread.start()
 
-    def _finish(self, step: int, since: int, piece: HostMetrics, position: dict[str, Any]) -> None:
+    def _make(self, folder: Path) -> None:
+        """Where that cannot be done, all find out; in orbax the others would wait for the first one."""
+        if self._first:
+            self._guard(folder, lambda: folder.mkdir(exist_ok=True))
+
+    def _finish(self, step: int, since: int, piece: HostMetrics, commit: dict[str, Any]) -> None:
         try:
             self._orbax().wait_until_finished()
             if not self._first:
@@ -280,7 +322,7 @@ class Store:
             _write(self.directory / "metrics" / f"{step:012d}.npz", _metrics_bytes(since, piece))
             files = sorted(p for p in folder.rglob("*") if p.is_file())
             sums = {str(p.relative_to(folder)): [p.stat().st_size, _checksum(p)] for p in files}
-            _write_json(folder / "commit.json", {"position": position, "files": sums})
+            _write_json(folder / "commit.json", commit | {"files": sums})
             for old in self._steps()[: -self._keep]:
                 self._remove(old)
         except BaseException as error:
@@ -295,12 +337,13 @@ class Store:
             error, self._error = self._error, None
             self._guard(self._folder(self._saved), lambda: _raise(error))
 
-    def close(self) -> None:
-        """Waits, and lets the directory go."""
+    def close(self, wait: bool = True) -> None:
+        """Waits, unless told not to, and lets the directory go."""
         try:
-            self.wait()
+            if wait:
+                self.wait()
         finally:
-            if self._saver is not None:
+            if wait and self._saver is not None:
                 with contextlib.suppress(Exception):  # what it failed to write has been told
                     self._saver.close()
             self._release()
@@ -329,14 +372,10 @@ class Store:
         if self._saver is None:
             import orbax.checkpoint as ocp  # noqa: PLC0415 (half a second, which only those pay who save)
 
-            self._saver = ocp.StandardCheckpointer()
+            indices = self._processes.indices
+            among = ocp.options.MultiprocessingOptions(primary_host=indices[0], active_processes=set(indices))
+            self._saver = ocp.StandardCheckpointer(multiprocessing_options=among)
         return self._saver
-
-
-def say(text: str) -> None:
-    """One line on stderr, from the first process."""
-    if jax.process_index() == 0:
-        print(text, file=sys.stderr, flush=True)
 
 
 def _raise(error: BaseException) -> None:

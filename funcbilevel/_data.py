@@ -4,6 +4,7 @@ import copy
 import itertools
 import re
 import warnings
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from types import MethodType
@@ -108,8 +109,11 @@ def _dtype(leaf: Any) -> Any:
     return jax.dtypes.canonicalize_dtype(dtype, allow_extended_dtype=True)
 
 
-def check_form(started_with: Form, pair: Pair, seeds: tuple[int, ...], data: Any) -> None:
-    """That inner batches look like the one that `init` saw, for a solver over seeds with their axes in front."""
+def check_form(started_with: Form, pair: Pair, seeds: tuple[tuple[int, ...], ...], data: Any) -> None:
+    """That inner batches look like the one that `init` saw, for a solver over seeds with their axes in front.
+
+    `seeds` are these axes, or all that they may be: of all seeds, or of those of this process.
+    """
     if not started_with or isinstance(pair[0], (Sampler, FiniteSum)) or _fits(started_with, pair[0], seeds):
         return
     mistaken = is_itself_a_pair(data) and _fits(started_with, data[0], seeds)
@@ -117,14 +121,14 @@ def check_form(started_with: Form, pair: Pair, seeds: tuple[int, ...], data: Any
     raise ValueError(
         f"train: data must be an iterable of pairs (inner_batch, outer_batch), or a function that gives them, with "
         f"inner batches like the one that init was given: expected {_shown(started_with)}, got "
-        f"{_shown(_entries(*_one_draw(pair[0], seeds)))}. If inner batches are to look like that, start the solver "
+        f"{_shown(_entries(*_one_draw(pair[0], seeds[0])))}. If inner batches are to look like that, start the solver "
         f"with one; {reason}."
     )
 
 
-def _fits(started_with: Form, batch: Batch, seeds: tuple[int, ...]) -> bool:
+def _fits(started_with: Form, batch: Batch, seeds: tuple[tuple[int, ...], ...]) -> bool:
     """With the axes of the seeds, or without them, where the seeds share a batch."""
-    draws = (_one_draw(batch, axes) for axes in {seeds, ()})
+    draws = (_one_draw(batch, axes) for axes in {*seeds, ()})
     return any(set(_entries(*draw)) == set(started_with) for draw in draws)
 
 
@@ -168,6 +172,16 @@ def check_alike(got: Signature, expected: Signature, step: int) -> None:
     )
     for name, one, other in zip(("inner_batch", "outer_batch"), _shapes(got), _shapes(expected), strict=True):
         check_like(rule, name, one, other, "drop or pad the last, shorter batch of an epoch.")
+
+
+def check_alike_on_all(processes: list[int], checksums: list[int]) -> None:
+    """That all processes of a run have batches of the same structure, shapes and dtypes; 0: it has none any more."""
+    others = [i for i, checksum in zip(processes, checksums) if checksum not in (0, max(checksums))]
+    if others:
+        raise ValueError(
+            "train: batches of data must have the same structure, shapes and dtypes on all processes, but those of "
+            f"process {', '.join(map(str, others))} differ from the others'; give each the same number of samples."
+        )
 
 
 def _shapes(signature: Signature) -> Any:
@@ -214,6 +228,7 @@ class Feed:
     Attributes:
         pulled: pairs taken so far, those of earlier calls of the same run included.
         can_go_back: whether the iterator has `get_state` and `set_state`.
+        checksum: of structure, shapes and dtypes of a pair; 0: none has been seen.
     """
 
     def __init__(
@@ -221,7 +236,7 @@ class Feed:
         batches: Iterator[Any],
         data: Any,
         form: Form,
-        seeds: tuple[int, ...],
+        seeds: tuple[tuple[int, ...], ...],
         chunk: int,
         put: Callable[[Pair], Pair] | None = None,
     ) -> None:
@@ -231,7 +246,7 @@ class Feed:
         self._expected: Signature | None = None  # of a pair
         self._structure: Any = None  # of a chunk of them
         self._ahead: tuple[Pair | None, int, Any] | BaseException | None = None
-        self.pulled = 0
+        self.pulled = self.checksum = 0
         self.can_go_back = all(callable(getattr(batches, name, None)) for name in ("get_state", "set_state"))
         self._iterator = self._state()
 
@@ -293,6 +308,7 @@ class Feed:
         if self._expected is None:
             check_form(self._form, pairs[0], self._seeds, self._data)
             self._expected = signature(pairs[0])
+            self.checksum = zlib.crc32(repr(self._expected).encode()) >> 1
             self._structure = jax.tree.structure(pairs[:1] * self._chunk)
         pairs += pairs[-1:] * (self._chunk - taken)  # padded, so that a short chunk needs no other program
         leaves, structure = jax.tree.flatten(pairs)

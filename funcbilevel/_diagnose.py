@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from funcbilevel._bilevel import BilevelSolver, BilevelState, Setup
+from funcbilevel._bilevel import BilevelSolver, BilevelState, Setup, check_state
 from funcbilevel._draws import draw
 from funcbilevel._error import hypergradient_error
 from funcbilevel._linear_solvers import conjugate_gradients, in_working_dtype
@@ -120,6 +120,7 @@ def diagnose(solver: BilevelSolver, state: BilevelState, inner_batch: Batch, out
             f"diagnose: problem.axis_name is {setup.problem.axis_name!r}, and one device's part of the batch is not "
             "the whole; diagnose a solver of the same problem without axis_name, on the whole batch."
         )
+    check_state("diagnose", state)
     batch = draw("diagnose", inner_batch, state.key, _LAST)
     measured = jax.jit(lambda *arguments: _measure(setup, *arguments))(state, batch, outer_batch)
     found = {name: float(measured[name]) for name in ORDER if name in measured}

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from funcbilevel._arguments import as_float_tree, check_at_least, check_callable, check_key, check_optimizer
-from funcbilevel._bilevel import BilevelSolver, BilevelState
+from funcbilevel._bilevel import BilevelSolver, BilevelState, check_state
 from funcbilevel._described import described
 from funcbilevel._draws import run_steps
 from funcbilevel._tree import all_finite, stays_finite, tree_add_scaled, tree_norm, tree_where
@@ -112,6 +112,7 @@ def followers(
         )
 
     def step(state: BilevelState, inner_batch: Batch, outer_batch: Batch) -> tuple[BilevelState, Metrics]:
+        check_state("step", state)
         for argument, value in (("inner_batch", inner_batch), ("outer_batch", outer_batch)):
             _check_names("step", argument, value, solvers)
         omega = state.outer_params

@@ -11,7 +11,14 @@ import jax.numpy as jnp
 import jax.scipy.sparse.linalg as sparse
 from jax.flatten_util import ravel_pytree
 
-from funcbilevel._arguments import check_at_least, check_callable, check_like, check_number, check_positive
+from funcbilevel._arguments import (
+    check_at_least,
+    check_callable,
+    check_like,
+    check_number,
+    check_positive,
+    check_shapes,
+)
 from funcbilevel._described import describe, described
 from funcbilevel._fit import FitState
 from funcbilevel._tree import (
@@ -202,7 +209,8 @@ def normal_cg(num_steps: int, damping: float = 0.0, rtol: float = 0.0) -> Linear
 
     def solve_general(matvec: LinearMap, rhs: PyTree) -> PyTree:
         transpose = jax.linear_transpose(matvec, rhs)
-        return conjugate_gradients(lambda u: transpose(matvec(u))[0], transpose(rhs)[0], None, num_steps, rtol, power=2)
+        normal, b = lambda u: transpose(matvec(u))[0], transpose(rhs)[0]
+        return conjugate_gradients(normal, b, None, num_steps, rtol, 2, consistent=True)
 
     return LinearSolver(solve, damping, solve_general=solve_general)
 
@@ -355,6 +363,10 @@ def from_lineax(solver: lineax.AbstractLinearSolver[Any], damping: float = 0.0) 
 def as_linear_solver(solver: Any, function: str = "aid") -> LinearSolver:
     """`solver`, or a bare lineax solver made into a `LinearSolver`."""
     if isinstance(solver, LinearSolver):
+        check_callable(function, "linear_solver.solve", solver.solve, "matvec, rhs, initial")
+        if solver.solve_general is not None:
+            check_callable(function, "linear_solver.solve_general", solver.solve_general, "matvec, rhs")
+        check_at_least(function, "linear_solver.damping", solver.damping, 0.0)
         return solver
     if any(cls.__module__.partition(".")[0] == "lineax" for cls in type(solver).__mro__):
         return from_lineax(solver)
@@ -385,7 +397,7 @@ def solve_linear(
 
     b = tree_scaled(tree_cast(rhs, dtype), 1.0 / size)
     start = None if initial is None else tree_scaled(tree_cast(initial, dtype), 1.0 / size)
-    u = solver.solve(damped, b, start)
+    u = _solution_like(b, solver.solve(damped, b, start))
     Au = rescaled(matvec, rhs)(u)
     norm = tree_norm(u)
     curvature = tree_norm(Au) / jnp.where(norm > 0, norm, 1.0)
@@ -412,12 +424,18 @@ def solve_implicit(solver: LinearSolver, matvec: LinearMap, rhs: PyTree) -> PyTr
             return tree_add_scaled(_scaled(A(u), sign), solver.damping, u)
 
         if solver.solve_general is None:
-            u = solver.solve(damped, _scaled(b, sign), None)
+            u = _solution_like(b, solver.solve(damped, _scaled(b, sign), None))
         else:
-            u = solver.solve_general(damped, b)
+            u = _solution_like(b, solver.solve_general(damped, b))
         return tree_cast(nan_unless(~jnp.isnan(product), tree_scaled(u, size)), rhs)
 
     return jax.lax.custom_linear_solve(matvec, rhs, solve, solve, symmetric=solver.solve_general is None)
+
+
+def _solution_like(rhs: PyTree, solution: PyTree) -> PyTree:
+    """`solution`, if it is like `rhs`: a solver may be the user's own."""
+    check_shapes("LinearSolver", "the solution", solution, rhs, "return u of A u = rhs, a pytree like rhs.")
+    return tree_cast(jax.tree.map(jnp.asarray, solution), rhs)
 
 
 def in_working_dtype(f: LinearMap, like: PyTree) -> LinearMap:
@@ -518,6 +536,7 @@ def conjugate_gradients(
     rtol: float = 0.0,
     power: int = 1,
     preconditioner: LinearMap | None = None,
+    consistent: bool = False,
 ) -> PyTree:
     """At most `num_steps` steps; stops where the residual is rounding error, so that nothing divides by zero.
 
@@ -530,6 +549,9 @@ def conjugate_gradients(
     is flatter than a tenth of the steepest so far. As the residuals are orthogonal, it has the least residual of all
     averages, that of MINRES, which falls in every step and never exceeds that of zero or of the start; and the end
     before flat directions does what damping would: on noisy batches their large steps are noise.
+
+    Where the system is known to be `consistent`, the last iterate is the answer in any case: its error falls in every
+    step, whatever its residual does.
 
     A start with a larger residual than zero's is dropped. What one batch's solution holds in the null space of its
     matrix is large for the next batch's, and would grow from batch to batch without limit.
@@ -556,11 +578,12 @@ def conjugate_gradients(
         # A start that is not zero is reached from zero by a step of length one along it: the same loop makes its
         # product, and the compiled program holds A once.
         def running(state: CGState) -> jax.Array:
-            return (state.steps < num_steps) & ((state.rr > least) | (state.steps < 0)) & state.positive
+            worthwhile = state.rr > least if initial is None else (state.rr > least) | (state.steps < 0)
+            return (state.steps < num_steps) & worthwhile & state.positive
 
         def step(state: CGState) -> CGState:
             steps, u, r, p, _, rz, smooth, s, weight, largest, _, steep, safe = state
-            to_start = steps < 0
+            to_start = jnp.asarray(False) if initial is None else steps < 0
             Ap = matvec(p)
             pAp, pp = tree_vdot(p, Ap), tree_vdot(p, p)
             largest = jnp.maximum(largest, pAp / pp)
@@ -608,6 +631,8 @@ def conjugate_gradients(
             jnp.asarray(True),
         )
         end = jax.lax.while_loop(running, step, start)
+        if consistent:
+            return end.u
         average = tree_where(tree_vdot(end.s, end.s) <= bb, end.smooth, zero)  # rounding, or a preconditioner
         sound = end.positive & (end.rr <= jnp.where(end.safe, 1.0, 0.01) * bb)
         return tree_where(sound, end.u, average)

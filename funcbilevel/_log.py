@@ -9,11 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import jax
 import numpy as np
 
 from funcbilevel._arguments import check_number
 from funcbilevel._history import HostMetrics
+from funcbilevel._hosts import Processes, devices_of
 from funcbilevel._typing import PyTree
 
 Log: TypeAlias = Callable[[PyTree, HostMetrics], None]
@@ -25,7 +25,7 @@ def log_jsonl(path: str | os.PathLike[str], every: int = 1) -> Log:
     One object a line, and one line a step: `{"step": 12, "outer_objective": 0.5, ...}`, with all metrics under their
     names, numbers or booleans; lists of them, one for each seed, under vmap; NaN and infinities as the strings "NaN",
     "Infinity" and "-Infinity", which `float` reads and JSON lacks numbers for. The lines of a chunk are written at once
-    and flushed, so that whoever reads while the run goes on sees whole lines.
+    and flushed, so that one can read while the run goes on; what follows the last newline is still being written.
 
     A file that is there is gone on with. Where the run goes back, to a checkpoint after a kill or by a `Rollback`, the
     lines of steps that are made anew are removed first: the file has each step once, in order.
@@ -35,7 +35,7 @@ def log_jsonl(path: str | os.PathLike[str], every: int = 1) -> Log:
         every: only steps that are a multiple of it.
 
     Returns:
-        The callback `(state, metrics) -> None`. On several hosts the first one writes.
+        The callback `(state, metrics) -> None`. Of the processes of a run the first one writes.
 
     Raises:
         TypeError, ValueError: `every` is not an int >= 1. When it is called: the file holds something else.
@@ -60,7 +60,7 @@ def log_jsonl(path: str | os.PathLike[str], every: int = 1) -> Log:
 
     def callback(state: PyTree, metrics: HostMetrics) -> None:
         first, steps = _steps(state, metrics, every)
-        if jax.process_index() != 0:
+        if not Processes(devices_of(state)).first:
             return
         if reached != [first]:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -86,7 +86,7 @@ def log_tensorboard(directory: str | os.PathLike[str], every: int = 1) -> Log:
         every: only steps that are a multiple of it.
 
     Returns:
-        The callback `(state, metrics) -> None`. On several hosts the first one writes.
+        The callback `(state, metrics) -> None`. Of the processes of a run the first one writes.
 
     Raises:
         ImportError: tensorboardX is not installed.
@@ -116,7 +116,7 @@ def log_tensorboard(directory: str | os.PathLike[str], every: int = 1) -> Log:
 
     def callback(state: PyTree, metrics: HostMetrics) -> None:
         first, steps = _steps(state, metrics, every)
-        if jax.process_index() != 0:
+        if not Processes(devices_of(state)).first:
             return
         if not writers:
             prefix.parent.mkdir(parents=True, exist_ok=True)

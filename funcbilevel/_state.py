@@ -19,7 +19,8 @@ def state_to_arrays(state: PyTree) -> Arrays:
     know, such as bfloat16, become unsigned integers with the same bits, since `np.savez` would forget the type.
 
     Arguments:
-        state: a `BilevelState`, over seeds too, or any other pytree of arrays, numbers and keys.
+        state: a `BilevelState`, over seeds too, or any other pytree of arrays, numbers and keys. Where arrays lie on
+            devices of several processes, all of these have to call it.
 
     Returns:
         path -> array.
@@ -44,7 +45,7 @@ def state_to_arrays(state: PyTree) -> Arrays:
         name = leaf_name(path)
         if name in arrays:
             raise ValueError(f"state_to_arrays: two leaves of state have the path {name!r}; rename one of them.")
-        array = np.asarray(jax.random.key_data(leaf) if is_key(leaf) else leaf)
+        array = on_host(jax.random.key_data(leaf) if is_key(leaf) else leaf)
         if not (jnp.issubdtype(array.dtype, jnp.number) or array.dtype == np.bool_):
             raise TypeError(
                 f"state_to_arrays: state must hold arrays, numbers and keys, got {type(leaf).__name__} at {name!r}; "
@@ -114,6 +115,20 @@ def _restored(name: str, array: np.ndarray[Any, Any], leaf: Any) -> Any:
 def with_kind_of(leaf: Any, array: jax.Array) -> jax.Array:
     """A typed key made of its data, if the leaf is one; else the array."""
     return jax.random.wrap_key_data(array, impl=_implementation(leaf)) if is_key(leaf) else array
+
+
+def spans_processes(x: Any) -> bool:
+    """Whether this process holds a part of an array only."""
+    return isinstance(x, jax.Array) and not x.is_fully_addressable
+
+
+def on_host(x: Any) -> Any:
+    """As a NumPy array, whole on each process; all of them have to ask for it."""
+    if spans_processes(x) and not x.is_fully_replicated:
+        from jax.experimental import multihost_utils  # noqa: PLC0415 (not without several processes)
+
+        return multihost_utils.process_allgather(x, tiled=True)
+    return np.asarray(x)
 
 
 def leaf_name(path: tuple[Any, ...]) -> str:

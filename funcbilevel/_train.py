@@ -15,13 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from funcbilevel._arguments import check_callable, check_number
-from funcbilevel._bilevel import BilevelSolver, BilevelState
+from funcbilevel._bilevel import BilevelSolver, BilevelState, check_state
 from funcbilevel._check import warn_of_run
-from funcbilevel._checkpoint import Checkpoint, CheckpointError, Position, Store, say
+from funcbilevel._checkpoint import Checkpoint, CheckpointError, Position, Store
 from funcbilevel._data import (
     DataFunction,
     Feed,
     Pair,
+    check_alike_on_all,
     check_form,
     check_not_itself_a_pair,
     faulty_leaf,
@@ -32,8 +33,10 @@ from funcbilevel._data import (
     warn_of_frozen_draws,
 )
 from funcbilevel._history import History, HostMetrics, broken_at_the_end, fault_message, first_fault
+from funcbilevel._hosts import Processes, devices_of, own_shape
 from funcbilevel._identity import identity
 from funcbilevel._recovery import Rollback, check_can_scale, refreshed, with_smaller_steps
+from funcbilevel._state import on_host, spans_processes
 from funcbilevel._typing import Batch, Key, Metrics
 
 Callback: TypeAlias = Callable[[BilevelState, HostMetrics], Any]
@@ -73,6 +76,9 @@ def train(
     """Runs outer steps in jitted chunks and comes back to the host between them.
 
     All chunks share one compiled program, the last and shorter one included; its buffers are donated.
+
+    On a mesh of several processes (see `data_parallel`) all of them make the same call, each with its own shard of an
+    iterator's batches. The run ends on all where the callback of one ends it, or where one has no data any more.
 
     A solver over several seeds at once goes in as `solver._replace(step=jax.vmap(solver.step))`, with a state from
     `jax.vmap(solver.init)`; `data` then gives one pair of batches for each seed (its key and step are arrays over the
@@ -115,6 +121,7 @@ def train(
         NonFiniteError: NaN or inf in a level, with `on_nonfinite="raise"`, or once more than a `Rollback` allows. It
             carries state and metrics.
         CheckpointError: a checkpoint cannot be written, is damaged, or is of another run. Earlier ones stay.
+        ProcessError: of a run over several processes (`jax.distributed`), another one has failed or died.
         ValueError, TypeError: an argument is out of range or of the wrong kind.
 
         Whatever ends the run, from data, from the callback or by Ctrl-C (which waits for the running chunk; a second
@@ -156,6 +163,7 @@ def train(
         >>> metrics["learning_rate"].shape
         (20,)
     """
+    check_state("train", state)
     check_number("train", "num_outer_steps", num_outer_steps)
     check_number("train", "chunk", chunk)
     _check_policies(solver, on_nonfinite, checkpoint)
@@ -166,7 +174,7 @@ def train(
     try:
         with (
             _Signals(checkpoint is not None) as signals,
-            _ProgressBar(num_outer_steps) if _show(progress) else nullcontext() as bar,
+            _ProgressBar(num_outer_steps) if run.processes.first and _show(progress) else nullcontext() as bar,
         ):
             run.resume()
             while run.goes_on:
@@ -174,23 +182,20 @@ def train(
                 if metrics is not None and bar is not None:
                     bar.update(run.history.length, metrics)
                 ended = metrics is not None and callback is not None and _stops(callback, run.state, metrics)
-                if ended:
-                    run.end()
-                run.save(now=bool(signals) or ended or not run.goes_on)
-                if signals:
-                    run.stop(signals[0])
+                signum = run.agree(signals, ended)
+                run.save(now=signum != 0 or not run.goes_on)
+                if signum:
+                    run.stop(signum)
             run.close()
-            if signals:  # that came while the last checkpoint was written
-                run.stop(signals[0])
+            if signum := run.agree(signals):  # that came while the last checkpoint was written
+                run.stop(signum)
     except BaseException as error:
         _hand_over(error, run.state, run.history)
-        try:
-            run.close()
-        except CheckpointError as another:
-            error.add_note(str(another))
+        run.give_up(error)
         raise
     all_metrics = run.history.arrays()
-    warn_of_run("train", all_metrics)
+    if run.processes.first:
+        warn_of_run("train", all_metrics)
     return run.state, all_metrics
 
 
@@ -230,10 +235,12 @@ class _Run:
         self._sampler, batches = read_data(data)
         if batches is not None and not state.batch_form:
             check_not_itself_a_pair(solver.step, state, data)
-        form, seeds = state.batch_form, state.step.shape
-        put = getattr(solver.init, "put_stacked", None)  # of a solver on a mesh
-        self._feed = None if batches is None else Feed(batches, data, form, seeds, self._chunk, put)
-        self.state = jax.tree.map(jnp.copy, state)
+        put_state, put_stacked = (getattr(solver.init, name, None) for name in ("put_state", "put_stacked"))
+        # On a mesh, if the solver has one.
+        self.state = jax.tree.map(jnp.copy, state if put_state is None else put_state(state))
+        self.processes = Processes(devices_of(self.state))
+        form, seeds = state.batch_form, (self.state.step.shape, own_shape(self.state.step))
+        self._feed = None if batches is None else Feed(batches, data, form, seeds, self._chunk, put_stacked)
         self.history = History(num_outer_steps)
         self._place = self._start = Position() if self._feed is None else self._feed.position()
         self._counts, self._placed = {"rollbacks": 0, "again": 0, "fault": 0, "ended": False}, False
@@ -241,7 +248,9 @@ class _Run:
             not isinstance(on_nonfinite, Rollback) or getattr(self._feed, "can_go_back", False)
         )
         kind = "a function" if self._feed is None else "an iterator"
-        self._store = None if checkpoint is None else Store(checkpoint, identity(solver, self.state, kind))
+        self._store = None
+        if checkpoint is not None:
+            self._store = Store(checkpoint, identity(solver, self.state, kind), self.processes)
 
     # Checkpoints.
 
@@ -252,9 +261,10 @@ class _Run:
         self.state, metrics, position = found
         self.history.append(metrics)
         self._counts = {name: getattr(position, name) for name in self._counts}
-        told = "" if self._feed is None or not self.goes_on else self._feed.go_to(position)
+        told = "" if self._feed is None or not self.goes_on else self._feed.go_to(position)  # which may fail on one
         self._place = position
         where = f"step {self.history.length} of {self._num_steps} in {self._store.directory}{told}"
+        say = self.processes.say
         say(f"train: goes on from {where}." if self.goes_on else f"train: the run had ended, at {where}.")
 
     def save(self, now: bool) -> None:
@@ -268,7 +278,7 @@ class _Run:
         """Ends the run, and as a rule the process, as the signal would have."""
         assert self._store is not None
         self._store.wait()
-        say(
+        self.processes.say(
             f"train: stopped by {signal.Signals(signum).name} after {self.history.length} of {self._num_steps} outer "
             f"steps, which are saved in {self._store.directory}; the same call goes on from there."
         )
@@ -279,6 +289,21 @@ class _Run:
         if self._store is not None:
             self._store.close()
 
+    def give_up(self, error: BaseException) -> None:
+        """Lets the other processes know, and waits for the last checkpoint, unless those have died that it needs."""
+        self.processes.tell(error)
+        if self.processes.lost:
+            there = "" if self._store is None else f" from the last checkpoint in {self._store.directory}"
+            error.add_note(
+                "train: this process cannot go on without the others, of which one may have died: see what they say. "
+                f"Start all of them again, and the same call goes on{there}."
+            )
+        try:
+            if self._store is not None:
+                self._store.close(wait=not self.processes.lost)
+        except CheckpointError as another:
+            error.add_note(str(another))
+
     # Steps.
 
     @property
@@ -286,9 +311,12 @@ class _Run:
         """Whether there are steps to make."""
         return not self._counts["ended"] and self.history.length < self._num_steps
 
-    def end(self) -> None:
-        """Notes that the callback wishes no more."""
-        self._counts["ended"] = True
+    def agree(self, signals: list[int], ended: bool = False) -> int:
+        """The signal to end of whichever process has one; the run ends where the callback of one says so."""
+        answers = self.processes.ask(signal=signals[0] if signals else 0, ended=int(ended))
+        if any(answer.ended for answer in answers):
+            self._counts["ended"] = True
+        return max(answer.signal for answer in answers)
 
     def _size(self, start: int) -> int:
         """Of the chunk from there: not beyond the next checkpoint."""
@@ -301,14 +329,18 @@ class _Run:
         size = self._size(start)
         source: Any = self._sampler
         feed = self._feed
+        stopping = bool(signals) and not self.processes.several
         if feed is not None:
             source, got = feed.take(size, start)
+            answers = self.processes.ask(signal=len(signals), taken=got, form=feed.checksum)
+            check_alike_on_all(self.processes.indices, [answer.form for answer in answers])
+            stopping, got = any(answer.signal for answer in answers), min(answer.taken for answer in answers)
             if got < size:
-                warnings.warn(_ended(start + got, self._num_steps, self._data), stacklevel=3)
+                self._warn(_ended(start + got, self._num_steps, self._data), stacklevel=4)
                 self._num_steps, size = start + got, got
             if size and not self._placed:
                 self.state, self._placed = on_the_devices_of(source, self.state), True
-        if not size or signals:
+        if not size or stopping:
             return None
         place = Position() if feed is None else feed.position()
         function = _sampled_chunk if feed is None else _stacked_chunk
@@ -319,6 +351,7 @@ class _Run:
             new_state, values = _compiled(function, solver, self._chunk)(self.state, size, source)
             if feed is not None and self._prefetch and (following := self._size(start + size)):
                 feed.fetch(following, start + size)
+            values = {name: on_host(x) if spans_processes(x) else x for name, x in values.items()}
             metrics = {name: np.array(x[:size]) for name, x in jax.device_get(values).items()}
             self.history.append(metrics)
             self.state, self._place = new_state, place
@@ -344,7 +377,7 @@ class _Run:
             if fresh is not None:
                 self.state = fresh
                 message += " The run goes on from fresh moments of the optimizers and a fresh warm start."
-        warnings.warn(message, stacklevel=4)
+        self._warn(message, stacklevel=5)
         return metrics
 
     def _go_back(self, step: int, message: str) -> None:
@@ -366,12 +399,16 @@ class _Run:
             self._feed.go_back(position)
             position = position._replace(pulled=self._feed.pulled)
         self._place = position
-        warnings.warn(
+        self._warn(
             f"{message} The run goes back to its step {position.done}, and on from there with steps of "
             f"{self._policy.factor ** counts['rollbacks']:.3g} of their size (rollback {counts['rollbacks']} of "
             f"{self._policy.max_times}).",
-            stacklevel=5,
+            stacklevel=6,
         )
+
+    def _warn(self, message: str, stacklevel: int) -> None:
+        if self.processes.first:
+            warnings.warn(message, stacklevel=stacklevel)
 
 
 def _ended(done: int, num_outer_steps: int, data: Any) -> str:
@@ -494,7 +531,7 @@ def _sampled_chunk(
     solver: BilevelSolver, chunk: int, state: BilevelState, size: jax.Array, sampler: jax.tree_util.Partial
 ) -> tuple[BilevelState, Metrics]:
     warn_of_frozen_draws(sampler, _sampling_key(state), state.step)
-    check_form(state.batch_form, jax.eval_shape(_sampled, sampler, state), state.step.shape, sampler)
+    check_form(state.batch_form, jax.eval_shape(_sampled, sampler, state), (state.step.shape,), sampler)
     return _steps(solver, lambda state, _: _sampled(sampler, state), chunk, state, size)
 
 

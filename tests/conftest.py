@@ -1,6 +1,7 @@
 """Strict JAX for every test: eight simulated devices, no rank promotion, float64 where a test asks for it."""
 
 import contextlib
+import gc
 import os
 from pathlib import Path
 
@@ -36,6 +37,9 @@ if KEPT:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(KEPT)
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+# Tracing makes millions of small objects that live on: a tenth of the time goes into looking through them.
+gc.set_threshold(200_000, 20, 100)
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

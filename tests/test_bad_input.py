@@ -54,7 +54,8 @@ def learned(apply: Any = None, **kwargs: Any) -> fb.Estimator:
     return fb.funcid(fb.learned_adjoint(SGD, 2, model=None if apply is None else model(apply), **kwargs))
 
 
-POINTWISE = fb.funcid(fb.pointwise_adjoint())
+POINTWISE_ADJOINT = fb.pointwise_adjoint()
+POINTWISE = fb.funcid(POINTWISE_ADJOINT)
 PROJECTED = fb.variable_projection(model(lambda theta, x: x * theta[None]), 1)
 
 # The three ways in. Everything happens under `jax.eval_shape`: no number is ever computed.
@@ -224,6 +225,22 @@ def ignores_parameters(apply: Any) -> Case:
 
 def hand_made(made: fb.Model, expected: str, got: str, entries: tuple[str, ...] = ("hypergradient", "init")) -> Case:
     return Case({"model": made, "estimator": fb.aid(fb.cg(2))}, TypeError, "model", got, expected, "", entries)
+
+
+def by_hand(estimator: fb.Estimator, error: type[Exception], argument: str, got: str, expected: str, mend: str) -> Case:
+    """An estimator with a part that does not keep to the protocol."""
+    return Case({"estimator": estimator}, error, argument, got, expected, mend, WITH_OUTER)
+
+
+def answering(change: Callable[[fb.Hypergradient], fb.Hypergradient]) -> fb.Estimator:
+    """`fb.alternating` with another answer."""
+    honest = fb.alternating()
+
+    def estimate(*args: Any) -> Any:
+        inner, hyper = honest.estimate(*args)
+        return inner, change(hyper)
+
+    return honest._replace(estimate=estimate)
 
 
 def swapped(level: str, objective: Any) -> Case:
@@ -609,6 +626,102 @@ CASES: dict[str, Case] = {
         r"got float32\[3\]",
         ("init",),
     ),
+    "adjoint whose values are like parameters": by_hand(
+        fb.funcid(POINTWISE_ADJOINT._replace(fit=lambda *_: (jnp.zeros(3), (), {}))),
+        ValueError,
+        r"a\(x_P\) of adjoint.fit",
+        r"got \(3,\)",
+        r"must have shape \(6,\)",
+        "a pytree like the prediction",
+    ),
+    "adjoint that returns its values alone": by_hand(
+        fb.funcid(POINTWISE_ADJOINT._replace(fit=lambda *_: jnp.zeros(6))),
+        TypeError,
+        "adjoint.fit",
+        r"got float32\[6\]",
+        r"must return \(a\(x_P\), state, metrics\)",
+        "",
+    ),
+    "adjoint whose state grows": by_hand(
+        fb.funcid(POINTWISE_ADJOINT._replace(fit=lambda *_: (jnp.zeros(6), jnp.zeros(2), {}))),
+        ValueError,
+        "adjoint.fit's state",
+        r"got float32\[2\]",
+        r"must be like \(\)",
+        "like that of `init`",
+    ),
+    "adjoint with a metric for each sample": by_hand(
+        fb.funcid(POINTWISE_ADJOINT._replace(fit=lambda *_: (jnp.zeros(6), (), {"a": jnp.zeros(2)}))),
+        TypeError,
+        "adjoint.fit's metrics",
+        r"got \{'a': float32\[2\]\}",
+        "must be a dict of scalars",
+        "",
+    ),
+    "Newton step on one batch": by_hand(
+        fb.funcid(POINTWISE_ADJOINT._replace(newton=lambda *_: (jnp.zeros(6), (), {})), correction=1.0),
+        TypeError,
+        "adjoint.newton",
+        r"got \(float32\[6\], \(\), \{\}\)",
+        r"must return \(N\(x_P\), N\(x_Q\), state",
+        "",
+    ),
+    "linear solver with another shape": by_hand(
+        fb.aid(fb.LinearSolver(lambda A, b, u: jnp.zeros(2))),
+        ValueError,
+        "LinearSolver: the solution",
+        r"got \(2,\)",
+        r"must have shape \(3,\)",
+        "a pytree like rhs",
+    ),
+    "linear solver that returns a pair": by_hand(
+        fb.aid(fb.LinearSolver(lambda A, b, u: (b, 0))),
+        ValueError,
+        "LinearSolver: the solution",
+        r"got \(float32\[3\], 0\)",
+        r"like float32\[3\]",
+        "a pytree like rhs",
+    ),
+    "estimator without a hypergradient": by_hand(
+        fb.alternating()._replace(estimate=lambda *a: (a[2](a[3]), 3)),
+        TypeError,
+        "estimator.estimate",
+        "got .*\n.*InnerSolution",
+        r"must return \(fb.InnerSolution, fb.Hyper",
+        "`solve`",
+    ),
+    "estimator with a gradient of another shape": by_hand(
+        answering(lambda h: h._replace(gradient=jnp.zeros(2))),
+        ValueError,
+        "estimator.estimate's gradient",
+        r"got \(2,\)",
+        r"must have shape \(\)",
+        "like outer_params",
+    ),
+    "estimator with a gradient of another dtype": by_hand(
+        answering(lambda h: h._replace(gradient=jnp.zeros((), jnp.float16))),
+        TypeError,
+        "estimator.estimate's gradient",
+        "dtype float16",
+        "has float32",
+        "cast it",
+    ),
+    "estimator with a value for each sample": by_hand(
+        answering(lambda h: h._replace(outer_value=jnp.zeros(6))),
+        ValueError,
+        "estimator.estimate's outer_value",
+        r"got shape \(6,\)",
+        "must be a scalar",
+        "value of the outer",
+    ),
+    "estimator without flags": by_hand(
+        answering(lambda h: h._replace(metrics={})),
+        ValueError,
+        "estimator.estimate's metrics",
+        r"got \[\]",
+        "must hold 'adjoint_finite'",
+        "add jnp.array",
+    ),
     "estimator put together by hand of nothing": Case(
         {"estimator": fb.Estimator(None, None)}, TypeError, "estimator.init", "got NoneType", "must be callable", ""
     ),
@@ -788,6 +901,28 @@ def step_with_state_of(estimator: fb.Estimator, other: fb.Estimator) -> Any:
 
 
 CALLS: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = {
+    "step before init": (
+        lambda: bilevel(problem(), model(), POINTWISE).step(None, BATCH, BATCH),
+        TypeError,
+        ("step: state", "must be an fb.BilevelState", "got None", "solver.init"),
+    ),
+    "train before init": (
+        lambda: fb.train(bilevel(problem(), model(), POINTWISE), {"w": 1.0}, lambda key, step: (BATCH, BATCH), 2),
+        TypeError,
+        ("train: state", "must be an fb.BilevelState", "got {'w': 1.0}", "solver.init"),
+    ),
+    "diagnose before init": (
+        lambda: fb.diagnose(bilevel(problem(), model(), POINTWISE), None, BATCH, BATCH),
+        TypeError,
+        ("diagnose: state", "must be an fb.BilevelState", "got None", "solver.init"),
+    ),
+    "stochastic step before init": (
+        lambda: fb.soba(parametric(), inner_optimizer=0.1, linear_optimizer=0.1, outer_optimizer=0.1).step(
+            None, BATCH, BATCH
+        ),
+        TypeError,
+        ("step: state", "must be an fb.BilevelState", "got None", "solver.init"),
+    ),
     "inner_optimizer a factory": (
         lambda: with_optimizer("inner_optimizer", optax.adam),
         TypeError,

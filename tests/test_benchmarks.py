@@ -1,10 +1,12 @@
 """The benchmark scripts: they measure what they say, go on where they stopped, and report what was measured."""
 
 import warnings
+from pathlib import Path
 
 import cost
 import cost_models
 import cost_report
+import devices
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -403,3 +405,29 @@ def test_what_ends_worse_than_it_began_is_said_and_fails(tmp_path):
 def test_growing_penalties_sum_their_increments():
     at = simulated.growing(1.0, 0.5, 2.0)
     assert [float(at(t)) for t in range(3)] == pytest.approx([1.0, 1.5, 1.5 + 0.5 / 4])
+
+
+def test_what_is_sent_is_counted_with_loops_and_branches():
+    text = """
+    HloModule m
+%body.1 (p: f32[4]) -> f32[4] {
+  %r = f32[4]{0} all-reduce(%p), to_apply=%sum
+}
+
+ENTRY %main (p: f32[4]) -> f32[4] {
+  %g = (f32[2,3]{1,0}, bf16[5]{0}) all-gather(%p, %q), dimensions={0}
+  %w = f32[4]{0} while(%p), condition=%cond, body=%body.1, backend_config={"known_trip_count":{"n":"7"}}
+  %v = f32[4]{0} while(%p), condition=%cond, body=%body.1
+}
+"""
+    assert list(devices.sent(text)) == [
+        ("all-gather", 34, 1), ("all-reduce", 16, 7), ("all-reduce", 16, devices.ADJOINT_STEPS),
+    ]  # fmt: skip
+
+
+def test_the_table_of_devices_is_that_of_its_records():
+    directory = Path(devices.__file__).parent / "results" / "devices"
+    made = list(store.read(directory / "runs.jsonl"))
+    assert devices.table_of(made) == (directory / "table.md").read_text()
+    learned = next(r["metrics"] for r in made if r["method"] == "funcid-learned")
+    assert round(learned["moved"] / 4 / learned["parameters"]) == 2 * (devices.INNER_STEPS + 2 * devices.ADJOINT_STEPS)

@@ -612,7 +612,7 @@ def test_an_older_format_is_told(intact: Path, tmp_path: Path) -> None:
     shutil.copytree(intact, tmp_path / "run")
     _checkpoint._write_json(tmp_path / "run" / "run.json", {"format": 0, "run": {}})
     with pytest.raises(
-        fb.CheckpointError, match=r"run.json has format 0, expected 1: .*another version of funcbilevel"
+        fb.CheckpointError, match=r"run.json has format 0, expected 2: .*another version of funcbilevel"
     ):
         train(tmp_path / "run")
 

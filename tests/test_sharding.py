@@ -13,11 +13,13 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from test_data_parallel import ESTIMATORS, MODEL, PROJECTED, features, make
+from test_stochastic import METHODS, OMEGA, THETA, build, terms
 
 import funcbilevel as fb
 
 ON_MESH = {"data_parallel": fb.data_parallel, "fully_sharded": fb.fully_sharded}
 SAMPLES = 64
+FAST = {("soba", "data_parallel"), ("saba", "fully_sharded"), ("f2sa", "fully_sharded")}
 
 
 def mesh(*shape: int, names: tuple[str, ...] = ("data",), kind: AxisType = AxisType.Auto) -> jax.sharding.Mesh:
@@ -46,6 +48,10 @@ def assert_close(a: Any, b: Any, atol: float = 2e-5) -> None:
 
 ROWS = {name: (estimator, MODEL) for name, estimator in ESTIMATORS.items()}
 ROWS["funcid-linear-projected"] = (fb.funcid(fb.linear_adjoint(features, ridge=0.1)), PROJECTED)
+ROWS["darts"] = (fb.darts(0.1, radius=0.1), MODEL)
+ROWS["pzobo"] = (fb.pzobo(2, 2, radius=0.3), MODEL)
+ROWS["evolution-strategy"] = (fb.evolution_strategy(2, 2, 0.3), MODEL)
+ROWS["prox-aid"] = (fb.prox_aid(fb.cg(5, damping=1.0), lambda theta, omega, step_size: theta), MODEL)
 ROWS["funcid-kernel"] = (fb.funcid(fb.kernel_adjoint(fb.gaussian_kernel(1.0), 0.1)), MODEL)
 
 
@@ -67,6 +73,42 @@ def test_eight_devices_give_the_step_of_one(name: str, kind: str, caplog: pytest
     assert_close((state.outer_params, state.inner_params), (expected.outer_params, expected.inner_params))
     for key in ("outer_objective", "inner_objective", "hypergradient_norm", "inner_finite"):
         np.testing.assert_allclose(metrics[key], history[key], rtol=1e-4, atol=1e-5)
+
+
+def finite_sums(samples: int = 8) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The quadratics of `test_stochastic.py` with more samples: 4 inner and 3 outer blocks of 8."""
+    times = 1 + 0.1 * np.arange(samples // 2)
+    inner, outer = (jax.tree.map(lambda x: np.concatenate([x * t for t in times]), level) for level in terms())
+    return inner, outer
+
+
+def sums(inner: Any, outer: Any) -> tuple[fb.FiniteSum, fb.FiniteSum]:
+    return fb.finite_sum(inner, 8), fb.finite_sum(outer, 8, key=jax.random.key(3))
+
+
+def two_steps(solver: fb.BilevelSolver, inner: fb.FiniteSum, outer: fb.FiniteSum) -> Any:
+    step = jax.jit(solver.step)
+    state = solver.init(jax.random.key(1), OMEGA, inner, THETA, outer)
+    state, _ = step(state, inner, outer)
+    return step(state, inner, outer)
+
+
+STOCHASTIC = [
+    pytest.param(name, kind, marks=[pytest.mark.slow] * ((name, kind) not in FAST), id=f"{name}-{kind}")
+    for name in METHODS
+    for kind in ON_MESH
+]
+
+
+@pytest.mark.parametrize(("name", "kind"), STOCHASTIC)
+def test_stochastic_methods_on_eight_devices_take_the_steps_of_one(name: str, kind: str, x64: None) -> None:
+    one = build(name)
+    expected, history = two_steps(one, *sums(*finite_sums()))
+    state, metrics = two_steps(ON_MESH[kind](one, mesh()), *sums(*finite_sums()))
+    assert len(state.outer_params.sharding.device_set) == 8
+    for x, y in zip(jax.tree.leaves((state, metrics)), jax.tree.leaves((expected, history)), strict=True):
+        if jnp.issubdtype(x.dtype, jnp.inexact):
+            np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-12)
 
 
 def wide() -> fb.BilevelSolver:
@@ -228,26 +270,46 @@ STEPS = {"inner_optimizer": optax.adam(1e-2), "outer_optimizer": optax.adam(1e-2
 
 
 @pytest.mark.parametrize(
-    ("name", "in_loops", "once"),
+    ("name", "kind", "most"),
     [
         # In loops: an inner step, a conjugate gradient. Once: the moments, the first residual, the flags, and all that
         # is left: cross derivative, values, norms.
-        ("funcid-linear", 2, 4),
+        ("funcid-linear", "data_parallel", {"all-reduce": (2, 4)}),
         # In loops: an inner step; an adjoint step, on each of its two batches. Once: the flags, and all that is left.
-        ("funcid-learned", 3, 2),
+        ("funcid-learned", "data_parallel", {"all-reduce": (3, 2)}),
+        # And each of the two layers, in each computation that uses it.
+        ("funcid-linear", "fully_sharded", {"all-reduce": (3, 4), "all-gather": (2, 2)}),
+        ("funcid-learned", "fully_sharded", {"all-reduce": (5, 2), "all-gather": (7, 4)}),
     ],
 )
-def test_all_reduces_of_a_data_parallel_step(name: str, in_loops: int, once: int) -> None:
+def test_messages_of_a_step(name: str, kind: str, most: dict[str, tuple[int, int]]) -> None:
+    """Of each kind, in loops and outside of them."""
     from test_data_parallel import problem
 
     estimator = {
         "funcid-linear": fb.funcid(fb.linear_adjoint(features)),
         "funcid-learned": fb.funcid(fb.learned_adjoint(optax.adam(1e-2), 10)),
     }[name]
-    found = collectives(fb.bilevel(problem(None), MODEL, estimator, **STEPS), "data_parallel")
-    assert set(found) == {"all-reduce"}
-    assert found["all-reduce"].count("loop") <= in_loops
-    assert found["all-reduce"].count("once") <= once
+    found = collectives(fb.bilevel(problem(None), MODEL, estimator, **STEPS), kind)
+    assert set(found) == set(most)
+    for message, (in_loops, once) in most.items():
+        assert found[message].count("loop") <= in_loops
+        assert found[message].count("once") <= once
+
+
+@pytest.mark.parametrize("kind", ON_MESH)
+def test_a_mesh_with_explicit_axes_is_taken_for_one_with_auto_axes(kind: str) -> None:
+    """Arrays that are on it as well; but the solver does not run where it is set."""
+    solver, explicit = make(ESTIMATORS["aid-cg"], None), mesh(kind=AxisType.Explicit)
+    states = []
+    for where in (explicit, mesh()):
+        many = ON_MESH[kind](solver, where)
+        there = jax.device_put(batch(), NamedSharding(where, P("data")))
+        states.append(many.step(start(many), there, batch())[0])
+    assert_placed_alike(*states)
+    assert_close(states[0].outer_params, states[1].outer_params, atol=0)
+    with jax.set_mesh(explicit), pytest.raises(ValueError, match=f"{kind}: .*call it outside of that"):
+        many.step(states[1], batch(), batch())
 
 
 # Errors.
@@ -261,8 +323,6 @@ def test_errors(kind: str) -> None:
         make_on(solver, jax.devices())  # pyright: ignore
     with pytest.raises(ValueError, match=f"{kind}: mesh must have the axis 'samples', got 'data'"):
         make_on(solver, mesh(), axis="samples")
-    with pytest.raises(ValueError, match=f"{kind}: mesh must have axes of type Auto"):
-        make_on(solver, mesh(kind=AxisType.Explicit))
     many = make_on(solver, mesh())
     with pytest.raises(
         ValueError, match=rf"{kind}: inner_batch\['0'\] has 30 samples, which the 8 devices of mesh axis"

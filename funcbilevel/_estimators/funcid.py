@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from funcbilevel._argmin import function_layer
-from funcbilevel._arguments import check_correction
+from funcbilevel._arguments import check_callable, check_correction
 from funcbilevel._check import check_prediction, problem_inputs
 from funcbilevel._described import described
 from funcbilevel._estimator import Adjoint, AdjointSystem, Call, Estimator, Hypergradient, InnerSolution, by_call
@@ -21,6 +21,7 @@ from funcbilevel._problem import (
     outer_derivatives,
     stationarity,
 )
+from funcbilevel._returned import check_fitted
 from funcbilevel._tree import (
     all_finite,
     evaluated_after,
@@ -109,6 +110,8 @@ def funcid(adjoint: Adjoint, correction: float = 0.0) -> Estimator:
             f"funcid: adjoint must be an fb.Adjoint, got {adjoint!r}; make one with fb.learned_adjoint(...), "
             "fb.linear_adjoint(...) or fb.pointwise_adjoint()."
         )
+    check_callable("funcid", "adjoint.init", adjoint.init, "key, problem, model, inner, inner_batch")
+    check_callable("funcid", "adjoint.fit", adjoint.fit, "system, model, inner, state, key")
     corrected, find_newton = check_correction("funcid", correction), adjoint.newton
     if corrected and find_newton is None:
         raise ValueError(
@@ -137,7 +140,9 @@ def funcid(adjoint: Adjoint, correction: float = 0.0) -> Estimator:
         gradient, C = inner_derivatives(problem, outer_params, v_P, inner_batch)
         system = AdjointSystem(C, gradient, v_P, x_P, x_Q, partial(mean_over_devices, problem))
         key = None if key is None else jax.random.fold_in(key, 1)
-        *steps, state, metrics = find_newton(system, model, inner, state, key)
+        names = ("N(x_P)", "N(x_Q)")
+        returned = find_newton(system, model, inner, state, key)
+        *steps, state, metrics = check_fitted("adjoint.newton", returned, names, vs, state)
         v_P, v_Q = (tree_add_scaled(v, -beta, tree_cast(N, v)) for v, N in zip((v_P, v_Q), steps, strict=True))
         return (v_P, v_Q), gradient, state, metrics
 
@@ -166,7 +171,8 @@ def funcid(adjoint: Adjoint, correction: float = 0.0) -> Estimator:
         slope = gradient if slope is None else slope
         mean = partial(mean_over_devices, problem)
         system = AdjointSystem(C, d, v_P, x_P, x_Q, mean)
-        a_P, new_state, metrics = adjoint.fit(system, model, inner.fit, state, key)
+        returned = adjoint.fit(system, model, inner.fit, state, key)
+        a_P, new_state, metrics = check_fitted("adjoint.fit", returned, ("a(x_P)",), (v_P,), state)
         cross = rescaled(lambda a: inner_cross_derivative(problem, outer_params, v_P, inner_batch, a), v_P)(
             tree_cast(a_P, working_dtype(v_P))
         )

@@ -16,7 +16,7 @@ from funcbilevel._arguments import (
     check_optimizer,
     check_positive,
 )
-from funcbilevel._bilevel import BilevelSolver, BilevelState
+from funcbilevel._bilevel import BilevelSolver, BilevelState, check_state
 from funcbilevel._check import check_inner, check_objectives
 from funcbilevel._data import batch_form
 from funcbilevel._draws import FiniteSum, Minibatches, Source, draw, placed, run_steps
@@ -234,6 +234,7 @@ def solver(
         return jax.tree.map(own_buffer, state)
 
     def step(state: BilevelState, inner_batch: Source, outer_batch: Source) -> tuple[BilevelState, Metrics]:
+        check_state("step", state)
         check_source("step", "inner_batch", inner_batch)
         check_source("step", "outer_batch", outer_batch)
         key, inner_key, outer_key, own_key = jax.random.split(state.key, 4)
