@@ -39,11 +39,10 @@ def main() -> None:
     every_core_a_device()
     environment = cartpole()
     setting = methods.Setting()._replace(**methods.METHODS[arguments.method].hyper)
-    solver = methods.agent(environment, arguments.method, setting)
 
     def learner(num_steps, num_devices=1):
         def learn(state, step):
-            return programs.learn(environment, solver, setting, num_steps, state, step)
+            return programs.learn(environment, arguments.method, setting, num_steps, state, step)
 
         return programs.spread(learn, num_devices, donate_argnums=0)
 

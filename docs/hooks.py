@@ -184,7 +184,10 @@ TASKS = {  # directory of records -> (title, command)
     "iv": ("Instrumental regression on pictures (dSprites)", "run iv"),
     "demand": ("Demand for tickets (Hartford et al. 2017)", "compare demand"),
     "schooling": ("Returns to schooling (Card 1995)", "run schooling"),
-    "cartpole": ("Model-based reinforcement learning: CartPole", "run cartpole"),
+    "cartpole-fresh": (
+        "Model-based reinforcement learning: CartPole",
+        "compare cartpole --select --selection-steps 15000 --value-bound 100",
+    ),
     "pendulum": ("Model-based reinforcement learning: Pendulum", "run pendulum --model-width 32 --value-bound 1630"),
     "fairness": ("Accuracy and parity: leader and follower in one network", "compare fairness"),
     "gates-adult": ("Feature gates on Adult", "run gates --dataset adult"),
@@ -194,7 +197,6 @@ TASKS = {  # directory of records -> (title, command)
 }
 OTHERS = {  # further directories of records -> title
     "beside_benchopt": "Beside the field's benchmark",
-    "cartpole-tuned": "CartPole, tuned",
     "cost": "What a hypergradient costs",
     "devices": "Many devices, on paper",
     "fairness-article": "Adult, the article's settings",

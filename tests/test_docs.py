@@ -2,6 +2,7 @@
 
 import importlib.util
 import inspect
+import itertools
 import json
 import math
 import re
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import warnings
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -192,9 +194,9 @@ def swept(method, value, **settings):
     return found["seconds"] / found["floor_seconds"] if value == "ratio" else found["temp_bytes"] / 2**20
 
 
-def row(name, *first):
+def row(name, *first, table="table.md"):
     """The cells of the first row of a table that begins with these."""
-    lines = (RESULTS / name / "table.md").read_text(encoding="utf-8").splitlines()
+    lines = (RESULTS / name / table).read_text(encoding="utf-8").splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return next(c for c in cells if tuple(c[: len(first)]) == first)
 
@@ -255,9 +257,27 @@ def interval(text):
     return [abs(float(x)) for x in re.findall(r"[-+]?\d+(?:\.\d+)?", text.replace("..", " "))]
 
 
-def returns(name, method, model="3, 50k"):
-    cells = row(name, method, model)
+RUNNER_UP = ("funcid-corrected", "32, 50k", "0.003")  # by selection; the row is the second one of its method
+
+
+def returns(name, *first):
+    cells = row(name, *first)
     return [cells[5], *re.findall(r"\d+", cells[6])]
+
+
+def both_widths(method):
+    return lambda: [x for model in ("3, 50k", "32, 50k") for x in returns("cartpole-fresh", method, model)]
+
+
+def paired_difference():
+    cells = row("cartpole-fresh", "funcid-corrected", "3, 50k", table="paired.md")
+    return [*(x.strip("+") for x in (cells[3], *cells[4].split(".."))), cells[7]]
+
+
+def beside_likelihood(model):
+    cells = row("cartpole-fresh", "funcid-corrected", model, table="paired.md")
+    both = (returns("cartpole-fresh", method, model) for method in ("funcid-corrected", "mle"))
+    return [*itertools.chain(*both), cells[5], *cells[6].split("..")]
 
 
 IN_TRAINING = ("lagrangian", "exponentiated-gradient", "aid-cg")
@@ -399,16 +419,18 @@ STATED = [  # (page, text with # for each number, what the records say)
         lambda: [row("gates-adult-fresh", "1 point", name)[2] for name in ("aid-cg", "random-mask", "lasso")],
     ),
     ("results", "loses # points more (# to #), at one point's tolerance # (# to #)", as_many_at_random),
-    (
-        "results",
-        "FuncID with the pointwise adjoint # (# to #), maximum likelihood # (# to #), 30 seeds each",
-        lambda: returns("cartpole", "funcid-pointwise") + returns("cartpole", "mle"),
+    *(
+        ("results", text, partial(beside_likelihood, f"{width}, 50k"))
+        for width, text in (
+            (3, "At width 3 `funcid-corrected` has # (# to #), maximum likelihood # (# to #): # times (# to #)"),
+            (32, "At width 32 they have # (# to #) and # (# to #): # times (# to #)"),
+        )
     ),
-    (
-        "results",
-        "FuncID has # (# to #), maximum likelihood # (# to #).",
-        lambda: returns("cartpole-tuned", "funcid-pointwise") + returns("cartpole-tuned", "mle"),
-    ),
+    ("results", "it is # more in the mean (# to #), by Wilcoxon's test p = #:", paired_difference),
+    ("results", "on five seeds it has # (# to #)", lambda: returns("cartpole-fresh", *RUNNER_UP)),
+    ("results", "(`funcid-pointwise`, the published one) # (# to #) and # (# to #)", both_widths("funcid-pointwise")),
+    ("results", "(`funcid-public`) # (# to #) and # (# to #)", both_widths("funcid-public")),
+    ("results", "(`vep`) # (# to #) and # (# to #)", both_widths("vep")),
     (
         "results",
         "(+# thousandths, # to #)",

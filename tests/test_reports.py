@@ -10,7 +10,7 @@ from funcbilevel import cli
 RESULTS = Path(__file__).parents[1] / "benchmarks/results"
 DIRECTORIES = (
     *("iv", "iv-10000", "demand", "schooling", "schooling-neural"),
-    *("cartpole", "cartpole-tuned", "pendulum", "pathways", "arm", "gates", "gates-adult", "gates-adult-fresh"),
+    *("cartpole-fresh", "pendulum", "pathways", "arm", "gates", "gates-adult", "gates-adult-fresh"),
     "cleaning",
     *("fairness", "fairness-article", "fairness-nba", "fairness-published"),
     *("fairness-outside", "fairness-outside-removed"),

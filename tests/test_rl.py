@@ -20,7 +20,16 @@ from funcbilevel.tasks import rl
 from funcbilevel.tasks._experiment import select, store
 from funcbilevel.tasks._experiment.store import Result
 from funcbilevel.tasks.rl import environments, methods, pictures, programs, report, train
-from funcbilevel.tasks.rl.problem import Batch, Bellman, Transition, bellman_problem, init_q, init_world_model
+from funcbilevel.tasks.rl.problem import (
+    Batch,
+    Bellman,
+    Transition,
+    bellman_problem,
+    init_ensemble,
+    init_q,
+    init_world_model,
+    mlp,
+)
 
 SETTING = methods.Setting(
     steps=110, q_width=8, batch_size=16, random_steps=20, evaluation_interval=30, evaluation_episodes=3
@@ -82,12 +91,12 @@ def networks(x64, cartpole):
 
     @jax.jit
     def init(keys):
-        omega = double(init_world_model(keys[0], cartpole, 5))
-        return omega, *(double(init_q(key, cartpole, 8)) for key in keys[1:])
+        omega, ensemble = double(init_world_model(keys[0], cartpole, 5)), double(init_ensemble(keys[0], cartpole, 8, 3))
+        return omega, ensemble, *(double(init_q(key, cartpole, 8)) for key in keys[1:])
 
-    omega, theta, target = init(jax.random.split(jax.random.key(0), 3))
+    omega, ensemble, theta, target = init(jax.random.split(jax.random.key(0), 3))
     target = jax.tree.map(lambda x: 1.1 * x, target)
-    batch = Batch(some_transitions(np.random.default_rng(1), 30), target)
+    batch = Batch(some_transitions(np.random.default_rng(1), 30), target, ensemble)
     return methods.bellman_of(cartpole, SETTING._replace(alpha=0.2)), omega, theta, batch
 
 
@@ -152,7 +161,29 @@ def test_omd_is_implicit_differentiation_by_parameters(networks):
     assert np.linalg.norm(identity - expected) > 0.1 * np.linalg.norm(expected)
 
 
-@pytest.mark.parametrize("name", ["mle", "vep"])
+def test_the_public_code_trains_the_reward_alone(networks):
+    bellman, omega, theta, batch = networks
+    whole, public = (
+        hypergradient(*(built(name, bellman)[0], bellman, built(name, bellman)[1]), omega, theta, batch)
+        for name in ("funcid-pointwise", "funcid-public")
+    )
+    size = len(jax.flatten_util.ravel_pytree(omega.dynamics)[0])
+    np.testing.assert_array_equal(public[:size], 0.0)
+    assert np.linalg.norm(whole[:size]) > 1e-6
+    assert_close(public[size:], whole[size:], tolerance=1e-12)
+
+
+def test_after_a_newton_step_funcid_is_value_equivalence(networks):
+    """v_1 is the target under the model, so that dF = d_omega of 1/2 |y_omega - y|^2 for each of the two networks."""
+    bellman, omega, theta, batch = networks
+    got, expected = (
+        hypergradient(*(built(name, bellman)[0], bellman, built(name, bellman)[1]), omega, theta, batch)
+        for name in ("funcid-corrected", "value-equivalence")
+    )
+    assert_close(got, 2.0 * expected, tolerance=1e-10)
+
+
+@pytest.mark.parametrize("name", ["mle", "vep", "value-equivalence"])
 def test_explicit_methods(networks, name):
     bellman, omega, theta, batch = networks
     s, a, r, after, _ = batch.transition
@@ -162,11 +193,20 @@ def test_explicit_methods(networks, name):
         return 0.5 * jnp.mean(jnp.sum((predicted - after) ** 2, axis=1) + (reward - r) ** 2)
 
     def vep(omega):
+        predicted, reward = bellman.predict(omega, s, a)
+        total = jnp.mean((reward - r) ** 2)
+        for i in range(3):
+            network = jax.tree.map(lambda x, i=i: x[i], batch.ensemble)
+            total += jnp.mean((mlp(network, predicted) - mlp(network, after))[:, 0] ** 2)
+        return 0.5 * total
+
+    def value_equivalence(omega):
         return 0.5 * jnp.mean((bellman.model_target(omega, batch) - bellman.true_target(batch)) ** 2)
 
+    objective = {"mle": mle, "vep": vep, "value-equivalence": value_equivalence}[name]
     problem, estimator = built(name, bellman)
     got = hypergradient(problem, bellman, estimator, omega, theta, batch)
-    assert_close(got, flat_grad({"mle": mle, "vep": vep}[name], omega), tolerance=1e-12)
+    assert_close(got, flat_grad(objective, omega), tolerance=1e-12)
 
 
 def test_finite_differences_of_a_tabular_problem(x64):
@@ -237,16 +277,15 @@ def test_learned_adjoint_kept_warm_approaches_the_pointwise_one(x64, cartpole, n
 
 @pytest.mark.parametrize("name", ["cartpole", "pendulum"])
 def test_environment_is_gymnasiums(name):
+    """CartPole is the registered one, in float64, whose pole has another `polemass_length` than the functional one."""
     import gymnasium
-    from gymnasium.envs.phys2d.cartpole import CartPoleJaxEnv
-    from gymnasium.envs.phys2d.pendulum import PendulumJaxEnv
 
     environment = environments.ENVIRONMENTS[name]()
-    theirs = {"cartpole": CartPoleJaxEnv, "pendulum": PendulumJaxEnv}[name]()
-    spec = {"cartpole": "phys2d/CartPole-v1", "pendulum": "phys2d/Pendulum-v0"}[name]
+    spec = {"cartpole": "CartPole-v1", "pendulum": "phys2d/Pendulum-v0"}[name]
+    theirs = gymnasium.make(spec).unwrapped
     assert environment.horizon == gymnasium.spec(spec).max_episode_steps
     observation, _ = theirs.reset(seed=3)
-    world, rng, ends = theirs.state, np.random.default_rng(0), 0
+    world, rng, ends = jnp.asarray(theirs.state, jnp.float32), np.random.default_rng(0), 0
     step = jax.jit(
         lambda world, action: programs.interact(environment, world, jnp.int32(0), action, jnp.zeros_like(world))
     )
@@ -263,7 +302,7 @@ def test_environment_is_gymnasiums(name):
             ends += 1
             np.testing.assert_array_equal(next_world, np.zeros(4))
             after, _ = theirs.reset(seed=ends)
-            next_world = theirs.state
+            next_world = jnp.asarray(theirs.state, jnp.float32)
         observation, world = after, next_world
     assert ends > 0 or name == "pendulum"
 
@@ -351,17 +390,21 @@ def test_transitions_in_the_buffer_are_the_environments(cartpole):
 
 
 def test_one_compilation_and_the_target_follows(cartpole, caplog):
-    """The same programs serve all chunks, the resumed ones and other seeds."""
+    """The same programs serve all chunks, the resumed ones, other seeds and other rates."""
     with jax.log_compiles():  # the first test of these programs
         state, *_ = train.train_seeds(cartpole, "model-free", MODEL_FREE, [0, 1])
-        train.train_seeds(cartpole, "model-free", MODEL_FREE, [5, 6])
+        others = MODEL_FREE._replace(inner_learning_rate=1e-4, outer_learning_rate=0.1, warm_adam=False)
+        slow, *_ = train.train_seeds(cartpole, "model-free", others, [0, 1])
     finished = [r.getMessage().split()[4] for r in caplog.records if "Finished XLA compilation" in r.getMessage()]
     assert [finished.count(name) for name in ("jit(initial)", "jit(all_seeds)")] == [1, 2]  # explore and chunk
     compiled = programs.programs(cartpole, "model-free", MODEL_FREE, programs.spread_over(2))
     theta, target = (jax.tree.leaves(x)[0] for x in (state.learner.inner_params, state.target_params))
-    start = jax.tree.leaves(compiled.init(jax.random.split(jax.random.key(0), 2)).target_params)[0]
+    slow_theta = jax.tree.leaves(slow.learner.inner_params)[0]
+    start = jax.tree.leaves(compiled.init(train.keys([0, 1])).target_params)[0]
     assert theta.shape == target.shape == start.shape
     assert 0 < np.linalg.norm(target - theta) < np.linalg.norm(theta)
+    moved, moved_slowly = (np.max(np.abs(x - start)) for x in (theta, slow_theta))
+    assert 0 < moved_slowly <= 90 * 1e-4 * 1.001 < moved  # 90 steps of sign descent at most
 
 
 def test_seeds_are_spread_over_the_devices(cartpole):
@@ -500,7 +543,7 @@ def test_inner_steps_are_made_on_one_batch(cartpole):
 
 
 def test_bad_arguments(cartpole):
-    with pytest.raises(ValueError, match=r"method must be one of funcid-pointwise, .*got 'sarsa'"):
+    with pytest.raises(ValueError, match=r"method must be one of funcid-corrected, .*got 'sarsa'"):
         methods.agent(cartpole, "sarsa", SETTING)
     with pytest.raises(ValueError, match=r"steps must be random_steps=20 and a multiple .*got 100"):
         train.train_seeds(cartpole, "mle", SETTING._replace(steps=100), [0])
@@ -647,12 +690,22 @@ def test_compare_command(tmp_path, drawn_returns):
     cli.main([*args, "--seeds", "2", "--methods", "mle", "funcid"])
     assert (tmp_path / "runs.jsonl").read_text().startswith(first)
     assert drawn_returns == [("mle 3", (0,)), ("mle 3", (1,)), ("funcid-pointwise 3", (0, 1))]  # seeds together
+    many, several = rl.TOGETHER * len(jax.devices()) + 2, rl.TOGETHER * len(jax.devices())
+    drawn_returns.clear()
+    cli.main([*args, "--seeds", str(many), "--methods", "vep"])
+    assert drawn_returns == [("vep 3", tuple(range(several))), ("vep 3", (several, several + 1))]
     cli.main([*args, "--steps", "1060", "--seeds", "1", "--methods", "mle"])  # the directory holds several lengths
     table = (tmp_path / "table.md").read_text().splitlines()[2:]
     assert [line.split(" | ")[:4] for line in table] == [
         ["| funcid-pointwise", "3, 1.04k", "0.003*", "2"],
         ["| mle", "3, 1.04k", "0.003", "2"],
+        ["| vep", "3, 1.04k", "0.003", str(many)],
         ["| mle", "3, 1.06k", "0.003", "1"],
+    ]
+    paired = (tmp_path / "paired.md").read_text().splitlines()[2:]
+    assert [line.split(" | ")[:3] for line in paired] == [
+        ["| funcid-pointwise", "3, 1.04k", "2"],
+        ["| vep", "3, 1.04k", "2"],
     ]
     assert (tmp_path / "cartpole.png").stat().st_size > 20_000
     assert not (tmp_path / "cartpole.gif").exists()  # these runs have no episodes
@@ -663,17 +716,17 @@ def test_compare_selects_by_the_mean_return_of_other_seeds(tmp_path, drawn_retur
     args = (*args, "--value-bound", "100", "--inner-steps", "2", "--selection-steps", "1060", "--select")
     cli.main([*args, "--output-dir", str(tmp_path)])
     tried = store.read(tmp_path / "selection.jsonl")
-    assert len(tried) == len({store.key_of(record) for record in tried}) == 2 * 2 * 6 * 3
+    assert len(tried) == len({store.key_of(record) for record in tried}) == 2 * 2 * 4 * 5
     for method, own in (("mle", "warm_adam"), ("omd-cg", "damping")):
         for width in (3, 32):
             names, means = ("inner_learning_rate", own), {}
             for record in tried:
                 settings = record["settings"]
-                assert (record["seed"] in (1000, 1001, 1002), settings["steps"]) == (True, 1060)
+                assert (record["seed"] in range(1000, 1005), settings["steps"]) == (True, 1060)
                 if (record["method"], settings["model_width"]) == (method, width):
                     key = tuple(settings[name] for name in names)
                     means.setdefault(key, []).append(record["metrics"]["return_auc"])
-            assert list(map(len, means.values())) == [3] * 6
+            assert list(map(len, means.values())) == [5] * 4
             best = max(means, key=lambda key: np.mean(means[key]))
             chosen = [
                 record
@@ -682,7 +735,12 @@ def test_compare_selects_by_the_mean_return_of_other_seeds(tmp_path, drawn_retur
             ]
             assert [record["seed"] for record in chosen] == [0, 1]
             for record in chosen:
-                wanted = dict(zip(names, best, strict=True)) | {"value_bound": 100.0, "inner_steps": 2, "steps": 1040}
+                wanted = dict(zip(names, best, strict=True)) | {
+                    "value_bound": 100.0,
+                    "inner_steps": 2,
+                    "steps": 1040,
+                    "capacity": 0,
+                }
                 assert record["settings"].items() >= wanted.items()
     assert list(json.loads((tmp_path / "selection.json").read_text())["methods"]) == [
         "mle 3",
@@ -698,14 +756,9 @@ RESULTS = Path(__file__).parents[1] / "benchmarks/results"
 @pytest.mark.parametrize(
     ("name", "args"),
     [
-        ("cartpole", ("compare", "cartpole", "--model-widths", "3")),
-        ("cartpole-tuned", (
-            *("compare", "cartpole", "--model-widths", "3", "--value-bound", "100", "--select", "--methods"),
-            *("funcid-pointwise", "funcid-learned", "omd-cg", "omd-identity", "mle", "vep"),
-        )),
-        ("cartpole-tuned", (
-            *("compare", "cartpole", "--model-widths", "32", "--value-bound", "100", "--select", "--methods"),
-            *("funcid-pointwise", "mle", "vep"),
+        ("cartpole-fresh", (
+            *("compare", "cartpole", "--value-bound", "100", "--select", "--selection-steps", "15000", "--seeds", "20"),
+            *("--methods", "funcid-corrected", "mle"),
         )),
         ("pendulum", (
             *("run", "pendulum", "--seeds", "5", "--steps", "31000", "--value-bound", "1630", "--model-width", "32"),
@@ -728,11 +781,11 @@ def test_every_method_has_as_many_trials():
     select.check_budgets({name: len(of_method) for name, of_method in trials.items()})
     for name, of_method in trials.items():
         settings = {store.settings_key(methods.settings_of(name, SETTING._replace(**trial))) for trial in of_method}
-        assert len(settings) == 6  # what a trial changes is recorded
+        assert len(settings) == 4  # what a trial changes is recorded
     published = {name: method.hyper["inner_learning_rate"] for name, method in methods.METHODS.items()}
     assert published == {name: 3e-4 if name.startswith("omd") else 3e-3 for name in methods.METHODS}
     warm = {name for name, method in methods.METHODS.items() if method.hyper["warm_adam"]}
-    assert warm == {"mle", "vep", "model-free"}
+    assert warm == {"funcid-corrected", "mle", "vep", "value-equivalence", "model-free"}
     assert methods.METHODS["omd-cg"].hyper["damping"] == 10.0
 
 
@@ -764,7 +817,7 @@ def test_pendulum_by_the_same_agents(tmp_path):
 @pytest.mark.parametrize(
     ("command", "args", "message"),
     [
-        ("run", ("--method", "sarsa"), r"--method must be among funcid-pointwise, .*got sarsa"),
+        ("run", ("--method", "sarsa"), r"--method must be among funcid-corrected, .*got sarsa"),
         ("compare", ("--methods", "mle", "dqn"), r"--methods must be among .*got dqn"),
         ("run", ("--steps", "1000"), r"--steps must be more than the 1000 random ones .*got 1000"),
         ("run", ("--seeds", "0"), r"--seeds must be at least 1, got 0"),
@@ -800,13 +853,20 @@ def test_interquartile_mean_and_its_interval():
     np.testing.assert_allclose(report.interval(np.ones(10)), 1.0)
 
 
+def test_curves_are_smoothed_by_the_evaluations_around():
+    x = np.random.default_rng(0).normal(size=(3, 9))
+    expected = [np.mean(x[:, max(0, i - 2) : i + 3], axis=1) for i in range(9)]
+    np.testing.assert_allclose(report.smoothed(x), np.stack(expected, axis=1))
+
+
 def test_report_shows_what_the_records_hold(tmp_path):
     """A method that the table does not know, runs without curves, and one that diverged."""
     where = store.Store(tmp_path, "cartpole")
     setting = methods.settings_of("mle", SETTING)
 
     def add(method, seed, auc, beside):
-        result = Result({"return_auc": auc, "final_return": auc, "evaluation_return": auc}, beside)
+        returns = dict.fromkeys(("return_auc", "final_return", "evaluation_return"), auc)
+        result = Result(returns | {"outer_finite": np.isfinite(auc)}, beside)
         store.add(where, [(store.Run(method, seed, setting), result)])
 
     curves = {"curves": {"step": [50, 80], **{name: [1.0, 2.0] for name in methods.CURVES}}}
@@ -816,13 +876,40 @@ def test_report_shows_what_the_records_hold(tmp_path):
     add("mle", 0, 20.0, curves | {"episodes": {"states": states}})
     made = report.report("cartpole", tmp_path)
     cells = [line.split(" | ") for line in made.texts["table.md"].splitlines()[2:]]
-    assert [(row[0], row[3], row[4]) for row in cells] == [("| mle", "2", "nan"), ("| dreamer", "1", "30")]
+    assert [(row[0], row[3], row[4], row[5]) for row in cells] == [
+        ("| mle", "2", "1", "nan"),
+        ("| dreamer", "1", "0", "30"),
+    ]
     for name, draw in made.figures.items():
         draw(tmp_path / name)
     from PIL import Image
 
     with Image.open(tmp_path / "cartpole.gif") as animation:
         assert animation.n_frames == 2  # of the run that did not diverge
+
+
+def test_seeds_are_paired_with_those_of_maximum_likelihood():
+    from scipy import stats
+
+    rng = np.random.default_rng(0)
+    setting = methods.settings_of("mle", SETTING)
+
+    def row(method, seeds, auc, **settings):
+        return report.Row(method, setting | settings, tuple(seeds), 0, auc, auc, np.array([]), {})
+
+    x, y = rng.uniform(50, 300, size=(2, 12))
+    shifted = row("vep", range(2, 14), 1.5 * np.append(y[2:], [1e6, 1e6]))
+    rows = [row("mle", range(12), y), row("vep", range(12), x), shifted, row("vep", range(12), x, model_width=32)]
+    plain, scaled = report.compare(rows)  # at width 32 there is no maximum likelihood
+    mean, low, high = plain.difference
+    assert mean == pytest.approx(np.mean(x - y))
+    assert low < mean < high
+    assert plain.p_value == pytest.approx(stats.wilcoxon(x - y).pvalue)
+    assert plain.ratio[1] < plain.ratio[0] < plain.ratio[2]
+    assert scaled.seeds == 10  # those that both have, and the same in every resample
+    np.testing.assert_allclose(scaled.ratio, 1.5)
+    twice = [*rows, row("mle", range(12), y, tau=0.5)]
+    assert report.compare(twice) == []
 
 
 def test_report_without_finished_runs(tmp_path):

@@ -1,10 +1,12 @@
 """Model-based reinforcement learning: `funcbilevel run cartpole` and `pendulum`. The problem is in `problem`."""
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from funcbilevel.tasks._experiment.command import Task
 from funcbilevel.tasks._experiment.errors import UserError
@@ -17,7 +19,14 @@ from funcbilevel.tasks.rl import report, train
 from funcbilevel.tasks.rl.methods import METHODS, Setting
 
 RANDOM_STEPS = Setting().random_steps
-SELECTION = Rule("return_auc", seeds=(1000, 1001, 1002), largest=True)
+SELECTION = Rule("return_auc", seeds=(1000, 1001, 1002, 1003, 1004), largest=True)
+TOGETHER = 5
+"""Seeds per device that are trained together; more make a step no faster per seed, fewer make it slower."""
+
+
+def _together(run: Run) -> Hashable:
+    """As many seeds of a setting as the devices take."""
+    return by_setting(run), run.seed // (TOGETHER * len(jax.devices()))
 
 
 @dataclass(frozen=True)
@@ -26,7 +35,7 @@ class _Shared(Seeded):
     spread = True
     counts = ("inner_steps", "evaluation_interval")
     seeds: int = 10
-    """Number of seeds, from --seed on; they are trained together."""
+    """Number of seeds, from --seed on."""
     steps: int = 50_000
     """Steps of the environment per seed."""
     inner_steps: int = 1
@@ -79,10 +88,10 @@ class _Shared(Seeded):
         return setting._replace(**{name: value for name, value in given.items() if value is not None})
 
     def complete(self, where: Store, track: Track, runs: list[Run]) -> None:
-        """Adds the runs that are missing, all seeds of a setting together."""
+        """Adds the runs that are missing, a few seeds of a setting together."""
         directory = where.directory
         make, forget = partial(train.train, self.task, directory, track), partial(train.forget, directory)
-        complete(where, runs, make, by_setting, forget)
+        complete(where, runs, make, _together, forget)
 
 
 @dataclass(frozen=True)
@@ -124,7 +133,7 @@ class CompareCartPole(_Shared, Sweep):
     model_widths: tuple[int, ...] = (3, 32)
     """Widths of the hidden layers of the world model."""
     select: bool = False
-    """Selection of each method's rates among six trials, by the mean return of three other seeds; selection.jsonl."""
+    """Selection of each method's rates among four trials, by the mean return of five other seeds; selection.jsonl."""
     selection_steps: int = 50_000
     """Steps of the environment of a trial."""
 
@@ -171,11 +180,16 @@ class CompareCartPole(_Shared, Sweep):
         where = Store(directory, self.task, "selection")
         self.complete(where, track, trial_runs(trials, SELECTION))
         chosen = choose(where, trials, SELECTION)
-        return {label: (run.method, run.how.setting._replace(steps=self.steps)) for label, run in chosen.items()}
+        return {
+            label: (run.method, run.how.setting._replace(steps=self.steps, capacity=plans[label][1].capacity))
+            for label, run in chosen.items()
+        }
 
     def _trials(self, label: str, method: str, setting: Setting) -> list[Run]:
+        capacity = setting.capacity or max(self.steps, self.selection_steps)  # all, and the buffer of the runs' size
+        setting = setting._replace(steps=self.selection_steps, capacity=capacity)
         return [
-            train.run(method, setting._replace(steps=self.selection_steps, **trial), self.seed, f"{label}, {i}")
+            train.run(method, setting._replace(**trial), self.seed, f"{label}, {i}")
             for i, trial in enumerate(METHODS[method].trials, start=1)
         ]
 

@@ -1,7 +1,7 @@
 """Environments with few actions, as pure functions of one state: the functional ones of Gymnasium."""
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -35,31 +35,39 @@ class Environment(NamedTuple):
 
 
 def from_gymnasium(
-    name: str, functional: Any, num_actions: int, horizon: int, control: Callable[[jax.Array], jax.Array]
+    name: str, functional: Any, num_actions: int, horizon: int, control: Callable[[jax.Array], jax.Array], **params: Any
 ) -> Environment:
-    """The environment of a `gymnasium.experimental.functional.FuncEnv`; `control` makes its action of ours."""
+    """The environment of a `gymnasium.experimental.functional.FuncEnv`; `control` makes its action of ours.
+
+    `params=...` are others than the environment's own.
+    """
     return Environment(
         name=name,
         observation_size=functional.observation_space.shape[0],
         num_actions=num_actions,
         horizon=horizon,
-        initial=functional.initial,
-        transition=lambda state, action: functional.transition(state, control(action), None),
-        observation=lambda state: functional.observation(state, None),
-        reward=lambda state, action, after: jnp.asarray(functional.reward(state, control(action), after, None)),
-        terminal=lambda state: jnp.asarray(functional.terminal(state, None)),
+        initial=partial(functional.initial, **params),
+        transition=lambda state, action: functional.transition(state, control(action), None, **params),
+        observation=lambda state: functional.observation(state, None, **params),
+        reward=lambda state, action, after: jnp.asarray(
+            functional.reward(state, control(action), after, None, **params)
+        ),
+        terminal=lambda state: jnp.asarray(functional.terminal(state, None, **params)),
     )
 
 
 @cache
 def cartpole() -> Environment:
-    """`gymnasium.envs.phys2d.cartpole.CartPoleFunctional`: reward 1 per step, at most 500 of them.
+    """Gymnasium's `CartPole-v1` as a pure function: reward 1 per step, at most 500 of them.
 
-    Its `polemass_length` is 0.6 (mass *plus* length) where the classic environment has 0.05: another pole.
+    In `gymnasium.envs.phys2d.cartpole.CartPoleFunctional` the `polemass_length` is the sum of mass and length, 0.6,
+    which makes it another pole; here it is their product, 0.05, as in `CartPole-v1`.
     """
-    from gymnasium.envs.phys2d.cartpole import CartPoleFunctional  # noqa: PLC0415
+    from gymnasium.envs.phys2d.cartpole import CartPoleFunctional, CartPoleParams  # noqa: PLC0415
 
-    return from_gymnasium("cartpole", CartPoleFunctional(), 2, 500, lambda action: action)
+    pole = CartPoleParams.masspole * CartPoleParams.length
+    params = CartPoleParams(polemass_length=pole)
+    return from_gymnasium("cartpole", CartPoleFunctional(), 2, 500, lambda action: action, params=params)
 
 
 TORQUES = (-2.0, 0.0, 2.0)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
+import jax.numpy as jnp
 import optax
 
 import funcbilevel as fb
@@ -14,11 +15,13 @@ from funcbilevel.tasks.rl.environments import Environment
 from funcbilevel.tasks.rl.problem import (
     Bellman,
     bellman_problem,
+    ensemble_problem,
     init_q,
     likelihood_problem,
     model_free_problem,
     predict,
     q_values,
+    reward_alone,
     value_equivalence_problem,
 )
 
@@ -36,7 +39,8 @@ class Setting(NamedTuple):
         tau: the target networks move by tau (theta - target) per step.
         adjoint_learning_rate: of Adam on the learned adjoint, one step per step of the environment.
         cg_steps, damping: of OMD's linear system.
-        q_width: of the hidden layers of the Q-networks.
+        q_width: of the hidden layers of the Q-networks, and of the random value functions of VEP.
+        ensemble_size: number of those.
         batch_size: transitions drawn from the buffer, with replacement.
         alpha, epsilon: the policy is softmax(mean_j Q_j / alpha), and with probability epsilon uniform.
         discount: gamma.
@@ -59,6 +63,7 @@ class Setting(NamedTuple):
     cg_steps: int = 5
     damping: float = 10.0
     q_width: int = 32
+    ensemble_size: int = 5
     batch_size: int = 256
     alpha: float = 0.01
     epsilon: float = 0.1
@@ -84,6 +89,14 @@ def _pointwise(bellman: Bellman, setting: Setting) -> tuple[fb.FunctionalProblem
     return bellman_problem(bellman), fb.funcid(fb.pointwise_adjoint())
 
 
+def _corrected(bellman: Bellman, setting: Setting) -> tuple[fb.FunctionalProblem, fb.Estimator]:
+    return bellman_problem(bellman), fb.funcid(fb.pointwise_adjoint(), correction=1.0)
+
+
+def _public(bellman: Bellman, setting: Setting) -> tuple[fb.FunctionalProblem, fb.Estimator]:
+    return _pointwise(reward_alone(bellman), setting)
+
+
 def _learned(bellman: Bellman, setting: Setting) -> tuple[fb.FunctionalProblem, fb.Estimator]:
     adjoint = fb.learned_adjoint(optax.adam(setting.adjoint_learning_rate), num_steps=1)
     return bellman_problem(bellman), fb.funcid(adjoint)
@@ -102,32 +115,46 @@ def _product(**values: Sequence[Any]) -> tuple[dict[str, Any], ...]:
 
 
 MODEL_FREE = "model-free"
-RATES = _product(inner_learning_rate=(3e-4, 1e-3, 3e-3), warm_adam=(True, False))
+RATES = _product(inner_learning_rate=(3e-4, 3e-3), warm_adam=(True, False))
 METHODS = table(
     Method(
+        "funcid-corrected",
+        "functional implicit differentiation after a Newton step, which is value equivalence with the current targets",
+        _corrected,
+        RATES,
+        chosen=2,
+        colour="C3",
+    ),
+    Method(
         "funcid-pointwise",
-        "functional implicit differentiation, its adjoint exact at each sample",
+        "the same without the step, as published: its adjoint exact at each sample",
         _pointwise,
         RATES,
-        chosen=5,
-        colour="C3",
+        chosen=3,
+        colour="C1",
         aliases=("funcid",),
     ),
     Method(
+        "funcid-public",
+        "the same as its public code has it: the reward alone learns, the dynamics network does not",
+        _public,
+        RATES,
+        chosen=3,
+        colour="C5",
+    ),
+    Method(
         "funcid-learned",
-        "the same, its adjoint a network",
+        "functional implicit differentiation, its adjoint a network",
         _learned,
-        _product(inner_learning_rate=(1e-3, 3e-3), adjoint_learning_rate=(1e-3, 3e-3, 1e-2), warm_adam=(False,)),
-        chosen=4,
-        colour="C1",
+        _product(inner_learning_rate=(1e-3, 3e-3), adjoint_learning_rate=(3e-3, 1e-2), warm_adam=(False,)),
+        chosen=2,
+        colour="C8",
     ),
     Method(
         "omd-cg",
         "implicit differentiation by parameters, its linear system by conjugate gradients",
         _omd_cg,
-        _product(
-            inner_learning_rate=(3e-4, 1e-3), damping=(100.0, 1000.0, 10_000.0), warm_adam=(False,), cg_steps=(5,)
-        ),
+        _product(inner_learning_rate=(3e-4, 1e-3), damping=(1000.0, 10_000.0), warm_adam=(False,), cg_steps=(5,)),
         colour="C0",
         aliases=("omd",),
         published={"inner_learning_rate": 3e-4, "damping": 10.0, "warm_adam": False, "cg_steps": 5},
@@ -140,27 +167,37 @@ METHODS = table(
         chosen=1,
         colour="C9",
     ),
-    Method("mle", "a model of maximum likelihood", _alternating(likelihood_problem), RATES, chosen=4, colour="C2"),
+    Method("mle", "a model of maximum likelihood", _alternating(likelihood_problem), RATES, chosen=2, colour="C2"),
     Method(
         "vep",
+        "a model that five random value functions cannot tell from the truth",
+        _alternating(ensemble_problem),
+        RATES,
+        chosen=2,
+        colour="C4",
+    ),
+    Method(
+        "value-equivalence",
         "a model that gives the targets of the current value function",
         _alternating(value_equivalence_problem),
         RATES,
-        chosen=4,
-        colour="C4",
+        chosen=2,
+        colour="C6",
     ),
     Method(
         MODEL_FREE,
         "soft double Q-learning, the model unused",
         _alternating(model_free_problem),
         RATES,
-        chosen=4,
+        chosen=2,
         colour="0.4",
     ),
 )
 """Their default hyper-parameters are those of their publications."""
 
 
+TRACED = ("inner_learning_rate", "outer_learning_rate", "warm_adam")
+"""The settings that are arguments of the compiled programs: one program serves all trials of them."""
 CURVES = ("evaluation_return", "outer_objective", "inner_objective")
 """The metrics that are recorded by environment step, beside the records."""
 
@@ -168,6 +205,7 @@ CURVES = ("evaluation_return", "outer_objective", "inner_objective")
 def settings_of(method: str, setting: Setting) -> dict[str, Any]:
     """What a record says of a run: all but other methods' own settings, and a bound that is not there."""
     others = {"adjoint_learning_rate", "cg_steps", "damping"} - METHODS[method].hyper.keys()
+    others |= set() if method == "vep" else {"ensemble_size"}
     return {name: value for name, value in setting._asdict().items() if name not in others and value is not None}
 
 
@@ -179,7 +217,7 @@ def bellman_of(environment: Environment, setting: Setting) -> Bellman:
 
 
 def agent(environment: Environment, method: str, setting: Setting) -> fb.BilevelSolver:
-    """The solver of a method.
+    """The solver of a method; those of the settings that are `TRACED` may be arrays.
 
     Raises:
         ValueError: there is no such method.
@@ -187,7 +225,7 @@ def agent(environment: Environment, method: str, setting: Setting) -> fb.Bilevel
     build: Any = find(METHODS, method).build
     bellman = bellman_of(environment, setting)
     problem, estimator = build(bellman, setting)
-    b1, b2 = (0.9, 0.999) if setting.warm_adam else (0.0, 0.0)  # without memory every step is a first one
+    b1, b2 = (jnp.where(setting.warm_adam, b, 0.0) for b in (0.9, 0.999))  # without memory every step is a first one
     solver = fb.bilevel(
         problem,
         bellman.model(lambda key, inputs: init_q(key, environment, setting.q_width)),

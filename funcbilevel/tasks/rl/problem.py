@@ -20,6 +20,8 @@ Training is one compiled scan over environment steps, evaluation included, vmapp
 
 References:
     Petrulionyte, Mairal, Arbel, NeurIPS 2024, https://arxiv.org/abs/2403.20233, section 4.2;
+    Grimm, Barreto, Singh, Silver, *The Value Equivalence Principle for Model-Based Reinforcement Learning*, NeurIPS
+    2020, https://arxiv.org/abs/2011.03506;
     Nikishin, Abachi, Agarwal, Bacon, *Control-Oriented Model-Based Reinforcement Learning with Implicit
     Differentiation*, AAAI 2022, https://arxiv.org/abs/2106.03273 (OMD).
 """
@@ -67,6 +69,12 @@ def init_q(key: Any, environment: Environment, width: int) -> Layers:
 def q_values(params: Layers, observation: jax.Array) -> jax.Array:
     """Q_j(s, .) of both networks: [n, k] -> [2, n, A]."""
     return jax.vmap(mlp, (0, None))(params, observation)
+
+
+def init_ensemble(key: Any, environment: Environment, width: int, size: int) -> Layers:
+    """Random value functions, which are never trained: every array has a leading axis of `size`."""
+    sizes = (environment.observation_size, width, width, 1)
+    return jax.lax.map(lambda key: init_mlp(key, sizes), jax.random.split(key, size))
 
 
 class WorldModel(NamedTuple):
@@ -121,10 +129,12 @@ class Batch(NamedTuple):
     Attributes:
         transition: transitions drawn from the replay buffer.
         target_params: of the target networks, as they stand at this step.
+        ensemble: of the random value functions, the same at every step.
     """
 
     transition: Transition
     target_params: Any
+    ensemble: Any = ()
 
 
 QValues: TypeAlias = Callable[[Any, jax.Array], jax.Array]  # (params, [n, k]) -> [2, n, A]
@@ -187,6 +197,16 @@ class Bellman(NamedTuple):
         """The squared difference of both targets: value equivalence at the current value function."""
         return 0.5 * jnp.mean((self.model_target(omega, batch) - self.true_target(batch)) ** 2)
 
+    def ensemble_error(self, omega: Any, v: jax.Array, batch: Batch) -> jax.Array:
+        """The squared error of the reward, and of random value functions of the next observation, summed over them."""
+        transition = batch.transition
+        next_observation, reward = self.predict(omega, transition.observation, transition.action)
+        values, true_values = (
+            jax.vmap(mlp, (0, None))(batch.ensemble, s) for s in (next_observation, transition.next_observation)
+        )
+        errors = jnp.sum((values - true_values) ** 2, axis=(0, 2))
+        return 0.5 * jnp.mean(errors + (reward - transition.reward) ** 2)
+
     def model(self, init: Callable[[Any, Any], Any]) -> fb.Model:
         """h: (s, a) -> the values of both networks, [n, 2]; `init(key, (s, a)) -> params`."""
 
@@ -219,8 +239,27 @@ def likelihood_problem(bellman: Bellman) -> fb.FunctionalProblem:
 
 
 def value_equivalence_problem(bellman: Bellman) -> fb.FunctionalProblem:
-    """VEP: the model is fitted to the targets of the current value function (Grimm et al. 2020)."""
+    """The model is fitted to the targets of the current value function.
+
+    Its gradient is half of that of FuncID with the pointwise adjoint and a correction of 1, which has one such term for
+    each of the two networks; Adam does not see the factor.
+    """
     return fb.FunctionalProblem(bellman.model_error, bellman.value_error, _inputs)
+
+
+def ensemble_problem(bellman: Bellman) -> fb.FunctionalProblem:
+    """VEP as published: the model is fitted to random value functions (Grimm et al. 2020; Nikishin et al. 2022)."""
+    return fb.FunctionalProblem(bellman.model_error, bellman.ensemble_error, _inputs)
+
+
+def reward_alone(bellman: Bellman) -> Bellman:
+    """The same, but no gradient reaches the dynamics network, which stays as it was drawn."""
+
+    def predict(omega: Any, observation: jax.Array, action: jax.Array) -> tuple[jax.Array, jax.Array]:
+        next_observation, reward = bellman.predict(omega, observation, action)
+        return jax.lax.stop_gradient(next_observation), reward
+
+    return bellman._replace(predict=predict)
 
 
 def model_free_problem(bellman: Bellman) -> fb.FunctionalProblem:

@@ -11,8 +11,8 @@ from jax.sharding import Mesh, PartitionSpec
 
 import funcbilevel as fb
 from funcbilevel.tasks.rl.environments import Environment
-from funcbilevel.tasks.rl.methods import Setting, agent
-from funcbilevel.tasks.rl.problem import Batch, Transition, init_q, init_world_model, q_values
+from funcbilevel.tasks.rl.methods import TRACED, Setting, agent
+from funcbilevel.tasks.rl.problem import Batch, Transition, init_ensemble, init_q, init_world_model, q_values
 
 # Replay buffer: one row per transition, so that writing and drawing are one operation each.
 
@@ -57,6 +57,8 @@ class State(NamedTuple):
     Attributes:
         learner: the solver's state: world model, Q-networks, optimizers, adjoint.
         target_params: of the target networks.
+        ensemble: of the random value functions.
+        rates: the settings that are `TRACED`, by name.
         world: the environment's state.
         episode_step: steps since the episode's beginning.
         buffer: [capacity, row_size].
@@ -65,6 +67,8 @@ class State(NamedTuple):
 
     learner: fb.BilevelState
     target_params: Any
+    ensemble: Any
+    rates: dict[str, jax.Array]
     world: Any
     episode_step: jax.Array
     buffer: jax.Array
@@ -89,8 +93,11 @@ class Draws(NamedTuple):
     uniform: jax.Array
 
 
-def init(environment: Environment, method: str, setting: Setting, key: Any) -> State:
+def init(
+    environment: Environment, method: str, setting: Setting, key: Any, rates: dict[str, jax.Array] | None = None
+) -> State:
     """The state before the first step; its networks are the same for every method."""
+    rates = rates_of(setting) if rates is None else rates
     learner_key, model_key, world_key, key = jax.random.split(key, 4)
     k = environment.observation_size
     some = Transition(jnp.zeros((1, k)), jnp.zeros(1, jnp.int32), jnp.zeros(1), jnp.zeros((1, k)), jnp.zeros(1))
@@ -98,14 +105,23 @@ def init(environment: Environment, method: str, setting: Setting, key: Any) -> S
     q_params = init_q(q_key, environment, setting.q_width)
     target_params = jax.tree.map(jnp.copy, q_params)  # its own buffers, to be donated
     omega = init_world_model(model_key, environment, setting.model_width)
+    ensemble = init_ensemble(jax.random.fold_in(model_key, 1), environment, setting.q_width, setting.ensemble_size)
+    solver, batch = agent(environment, method, setting._replace(**rates)), Batch(some, target_params, ensemble)
     return State(
-        learner=agent(environment, method, setting).init(learner_key, omega, Batch(some, target_params), q_params),
+        learner=solver.init(learner_key, omega, batch, q_params),
         target_params=target_params,
+        ensemble=ensemble,
+        rates=rates,
         world=environment.initial(world_key),
         episode_step=jnp.zeros((), jnp.int32),
         buffer=jnp.zeros((setting.capacity or setting.steps, row_size(environment)), jnp.float32),
         key=key,
     )
+
+
+def rates_of(setting: Setting) -> dict[str, jax.Array]:
+    """The settings that are `TRACED`, as arrays."""
+    return {name: jnp.asarray(getattr(setting, name)) for name in TRACED}
 
 
 def draws(environment: Environment, setting: Setting, key: Any, num_steps: int) -> Draws:
@@ -174,7 +190,7 @@ METRICS = (
 
 def learn(
     environment: Environment,
-    solver: fb.BilevelSolver,
+    method: str,
     setting: Setting,
     num_steps: int,
     state: State,
@@ -187,6 +203,8 @@ def learn(
     """
     key, draws_key = jax.random.split(state.key)
     noise = draws(environment, setting, draws_key, num_steps)
+    solver = agent(environment, method, setting._replace(**state.rates))
+    ensemble, rates = state.ensemble, state.rates  # the same at every step, and no part of what the scan carries
 
     def step(state: State, x: tuple[jax.Array, Draws]) -> tuple[State, dict[str, jax.Array]]:
         i, noise = x
@@ -196,16 +214,19 @@ def learn(
         action = jnp.where(noise.explore, noise.random_action, action)
         transition, world, episode_step = interact(environment, state.world, state.episode_step, action, noise.fresh)
         buffer = write(state.buffer, i, to_row(transition))
-        batch = Batch(draw(buffer, i, noise.uniform), state.target_params)
+        batch = Batch(draw(buffer, i, noise.uniform), state.target_params, ensemble)
         learner, metrics = solver.step(state.learner, batch, batch)
         target_params = jax.tree.map(
             lambda theta, target: target + setting.tau * (theta - target), learner.inner_params, state.target_params
         )
         kept = {name: metrics[name] for name in METRICS if name in metrics}
-        return State(learner, target_params, world, episode_step, buffer, state.key), kept
+        return State(learner, target_params, (), {}, world, episode_step, buffer, state.key), kept
 
-    state, metrics = jax.lax.scan(step, state, (first_step + jnp.arange(num_steps), noise))
-    return state._replace(key=key), jax.tree.map(lambda x: jnp.all(x) if x.dtype == bool else jnp.mean(x), metrics)
+    carried = state._replace(ensemble=(), rates={})
+    carried, metrics = jax.lax.scan(step, carried, (first_step + jnp.arange(num_steps), noise))
+    return carried._replace(ensemble=ensemble, rates=rates, key=key), jax.tree.map(
+        lambda x: jnp.all(x) if x.dtype == bool else jnp.mean(x), metrics
+    )
 
 
 def evaluate(environment: Environment, setting: Setting, q_params: Any, key: Any) -> jax.Array:
@@ -262,26 +283,31 @@ class Programs(NamedTuple):
             The state is donated.
     """
 
-    init: Callable[[Any], State]
+    init: Callable[..., State]
     explore: Callable[[State], State]
     chunk: Callable[[State, Any], tuple[State, dict[str, jax.Array]]]
 
 
-@cache
 def programs(environment: Environment, method: str, setting: Setting, num_devices: int = 1) -> Programs:
-    """The programs of a method; the same arguments give the same ones, compiled once."""
-    solver = agent(environment, method, setting)
+    """The programs of a method; compiled once for all settings that differ in no more than steps and `TRACED`."""
+    capacity = setting.capacity or setting.steps
+    shared = setting._replace(steps=0, capacity=capacity, **dict.fromkeys(TRACED))
+    compiled = _programs(environment, method, shared, num_devices)
+    return compiled._replace(init=partial(compiled.init, rates=rates_of(setting)))
 
+
+@cache
+def _programs(environment: Environment, method: str, setting: Setting, num_devices: int) -> Programs:
     def chunk(state: State, first_step: Any) -> tuple[State, dict[str, jax.Array]]:
-        state, metrics = learn(environment, solver, setting, setting.evaluation_interval, state, first_step)
+        state, metrics = learn(environment, method, setting, setting.evaluation_interval, state, first_step)
         key, evaluation_key = jax.random.split(state.key)
         returns = evaluate(environment, setting, state.learner.inner_params, evaluation_key)
         return state._replace(key=key), metrics | {"evaluation_return": jnp.mean(returns)}
 
     @jax.jit
-    def initial(keys: Any) -> State:
+    def initial(keys: Any, rates: dict[str, jax.Array]) -> State:
         # Not vmapped: jaxlib 0.10 can deadlock in several batched factorisations at a time.
-        return jax.lax.map(partial(init, environment, method, setting), keys)
+        return jax.lax.map(lambda key: init(environment, method, setting, key, rates), keys)
 
     return Programs(
         initial,
