@@ -39,7 +39,7 @@ if KEPT:
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 # Tracing makes millions of small objects that live on: a tenth of the time goes into looking through them.
-gc.set_threshold(200_000, 20, 100)
+gc.set_threshold(200_000, 10, 10)
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -81,3 +81,4 @@ def _forget_programs():
     """Every compiled program holds memory maps, of which a process may have 65,530: then LLVM crashes."""
     yield
     jax.clear_caches()
+    gc.collect()

@@ -201,7 +201,7 @@ def test_optimizers_are_named(name: str) -> None:
 
 
 # Built-in exceptions have no signature, nor has a plain subclass of them.
-WITHOUT_SIGNATURE = ("StopTraining", "CheckpointError")
+WITHOUT_SIGNATURE = ("StopTraining", "CheckpointError", "ProcessError")
 
 
 @pytest.mark.parametrize("name", [name for name in fb.__all__ if name not in WITHOUT_SIGNATURE])

@@ -19,6 +19,18 @@ import pytest
 
 import funcbilevel as fb
 
+# The processes compile each for themselves: with FUNCBILEVEL_TEST_ALL=1 seven minutes more.
+AT_LENGTH = (
+    pytest.mark.slow,
+    pytest.mark.skipif(not os.environ.get("FUNCBILEVEL_TEST_ALL"), reason="takes minutes; set FUNCBILEVEL_TEST_ALL=1"),
+)
+
+
+def at_length(test: Any) -> Any:
+    for mark in AT_LENGTH:
+        test = mark(test)
+    return test
+
 
 class Ended(NamedTuple):
     """A process at its end; `seconds` since the first of them ended."""
@@ -165,7 +177,7 @@ def test_two_processes_agree(case: str, pair: Path) -> None:
     assert_like(seen(case, pair / "two"), SHORT[case])
 
 
-@pytest.mark.slow
+@at_length
 @pytest.mark.parametrize("case", LONG)
 def test_two_processes_agree_at_length(case: str, long_pair: Path) -> None:
     assert_like(seen(case, long_pair), LONG[case])
@@ -181,7 +193,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.mark.slow
+@at_length
 @pytest.mark.parametrize(
     ("number", "tasks"), [(2, "rows;stochastic;training;sampling;sources;seeds"), (4, "rows:data_parallel;sampling")]
 )
@@ -192,7 +204,7 @@ def test_all_estimators_and_sources_give_what_one_process_gives(
     assert_same_results(one, tmp_path)
 
 
-@pytest.mark.slow
+@at_length
 def test_checkpoints_go_on_on_another_number_of_processes(tmp_path: Path) -> None:
     alone(tmp_path / "1", "checkpoints")
     alone(tmp_path / "whole", "resumed")
@@ -209,7 +221,7 @@ def test_checkpoints_go_on_on_another_number_of_processes(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("which", [pytest.param(0, marks=AT_LENGTH), 1])
 def test_a_killed_process_ends_the_other_with_a_message_and_the_run_goes_on(which: int, tmp_path: Path) -> None:
     ended = Launched(2, tmp_path / "two", f"killed:{which}").wait()
     other = ended[1 - which]
@@ -241,7 +253,7 @@ def block(kind: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["plain", "slurm"])
+@pytest.mark.parametrize("launcher", ["plain", pytest.param("slurm", marks=AT_LENGTH)])
 def test_the_program_on_the_page_prints_what_the_page_states(launcher: str, tmp_path: Path) -> None:
     """Started by the page's own line, or with the variables that SLURM sets."""
     (tmp_path / "train.py").write_text(block("py"), encoding="utf-8")
