@@ -591,40 +591,19 @@ def iterates_table(records: Sequence[store.Record]) -> str:
     return table.markdown(("solver", "omega", "theta", "to 1e-6", "remarks"), rows)
 
 
-class Row(NamedTuple):
-    """Medians over the orders of the samples."""
-
-    name: str
-    ours: bool
-    half: float
-    last: float
-    samples: float
-    seconds: float
-    compiling: float
+def is_ours(row: simulated.Row) -> bool:
+    return row.family != "benchopt"
 
 
-def gradient_rows(records: Sequence[store.Record]) -> list[Row]:
-    of_method: dict[str, list[store.Record]] = {}
-    for record in records:
-        of_method.setdefault(record["method"], []).append(record)
-    made: list[Row] = []
-    names = (f"gradient_{STEPS // 2}", f"gradient_{STEPS}", f"samples_{STEPS}", "seconds_per_step", "compile_seconds")
-    for name, of in of_method.items():
-        values = [store.values(record) for record in of]
-        medians = [float(np.median([v[key] for v in values])) for key in names]
-        made.append(Row(name, of[0]["settings"]["family"] != "benchopt", *medians))
-    return sorted(made, key=lambda row: np.nan_to_num(row.last, nan=np.inf))
-
-
-def best(rows: Sequence[Row]) -> str:
+def best(rows: Sequence[simulated.Row]) -> str:
     """Of ours and of theirs the least gradient, after half and after all of the steps."""
     lines: list[str] = []
-    if len({row.ours for row in rows}) < 2:
+    if len({is_ours(row) for row in rows}) < 2:
         return ""
     for steps, of in ((STEPS // 2, lambda row: row.half), (STEPS, lambda row: row.last)):
-        ours, theirs = (min((r for r in rows if r.ours == which), key=of) for which in (True, False))
+        ours, theirs = (min((r for r in rows if is_ours(r) == which), key=of) for which in (True, False))
         said = [
-            f"`{r.name}` {of(r):.3g} with {r.samples * steps / STEPS:,.0f} samples in {1e3 * r.seconds * steps:.0f} ms"
+            f"`{r.label}` {of(r):.3g} with {r.samples * steps / STEPS:,.0f} samples in {1e3 * r.seconds * steps:.0f} ms"
             for r in (ours, theirs)
         ]
         lines.append(f"After {steps} steps the least is {said[0]} of ours, {said[1]} of the benchmark's.")
@@ -634,14 +613,14 @@ def best(rows: Sequence[Row]) -> str:
 def report(records: Sequence[store.Record]) -> str:
     which = {what: [r for r in records if r["settings"]["what"] == what] for what in ("iterates", "gradient")}
     settings, machine = records[0]["settings"], records[0]["machine"]
-    rows = gradient_rows(which["gradient"])
+    rows = simulated.rows(which["gradient"])
     header = (
         *("solver", "of", f"‖∇h‖² after {STEPS // 2}", f"after {STEPS}"),
         *("samples drawn", "µs per step", "compile s"),
     )
     lines = (
         (
-            *(f"`{r.name}`", "funcbilevel" if r.ours else "benchmark", f"{r.half:.3g}", f"{r.last:.3g}"),
+            *(f"`{r.label}`", "funcbilevel" if is_ours(r) else "benchmark", f"{r.half:.3g}", f"{r.last:.3g}"),
             *(f"{r.samples:,.0f}", f"{1e6 * r.seconds:.0f}", f"{r.compiling:.2f}"),
         )
         for r in rows

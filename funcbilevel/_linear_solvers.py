@@ -424,9 +424,10 @@ def solve_implicit(solver: LinearSolver, matvec: LinearMap, rhs: PyTree) -> PyTr
             return tree_add_scaled(_scaled(A(u), sign), solver.damping, u)
 
         if solver.solve_general is None:
-            u = _solution_like(b, solver.solve(damped, _scaled(b, sign), None))
+            u = solver.solve(damped, _scaled(b, sign), None)
         else:
-            u = _solution_like(b, solver.solve_general(damped, b))
+            u = solver.solve_general(damped, b)
+        u = _solution_like(b, u)
         return tree_cast(nan_unless(~jnp.isnan(product), tree_scaled(u, size)), rhs)
 
     return jax.lax.custom_linear_solve(matvec, rhs, solve, solve, symmetric=solver.solve_general is None)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from funcbilevel._arguments import check_callable, check_number
-from funcbilevel._check import check_is_model
+from funcbilevel._check import check_is_model, num_rows
 from funcbilevel._described import described
 from funcbilevel._model import Model
 from funcbilevel._tree import at_path
@@ -142,7 +142,7 @@ def _parts(function: str, argument: str, batch: PyTree, size: int) -> tuple[int,
                 f"{function}: every leaf of {argument} must have samples in front, got the scalar {x!r} at "
                 f"{argument}{at_path(path)}; close over it, or give it a sample axis."
             )
-    numbers = {np.shape(x)[0] for _, x in leaves}
+    numbers = num_rows(batch)
     if len(numbers) != 1:
         raise ValueError(
             f"{function}: the leaves of {argument} must have one number of samples in front, got {sorted(numbers)}."
