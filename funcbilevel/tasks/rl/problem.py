@@ -188,10 +188,7 @@ class Bellman(NamedTuple):
 
     def prediction_error(self, omega: Any, v: jax.Array, batch: Batch) -> jax.Array:
         """The squared error of the world model: maximum likelihood under Gaussian noise."""
-        transition = batch.transition
-        next_observation, reward = self.predict(omega, transition.observation, transition.action)
-        errors = jnp.sum((next_observation - transition.next_observation) ** 2, axis=-1)
-        return 0.5 * jnp.mean(errors + (reward - transition.reward) ** 2)
+        return self._error_as_seen(omega, batch, lambda observation: observation)
 
     def value_error(self, omega: Any, v: jax.Array, batch: Batch) -> jax.Array:
         """The squared difference of both targets: value equivalence at the current value function."""
@@ -199,12 +196,14 @@ class Bellman(NamedTuple):
 
     def ensemble_error(self, omega: Any, v: jax.Array, batch: Batch) -> jax.Array:
         """The squared error of the reward, and of random value functions of the next observation, summed over them."""
+        values = jax.vmap(mlp, (0, None), 1)  # [n, size, 1]
+        return self._error_as_seen(omega, batch, lambda observation: values(batch.ensemble, observation)[..., 0])
+
+    def _error_as_seen(self, omega: Any, batch: Batch, seen: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        """The squared error of the reward, and of what is seen of the next observation, [n, ...]."""
         transition = batch.transition
         next_observation, reward = self.predict(omega, transition.observation, transition.action)
-        values, true_values = (
-            jax.vmap(mlp, (0, None))(batch.ensemble, s) for s in (next_observation, transition.next_observation)
-        )
-        errors = jnp.sum((values - true_values) ** 2, axis=(0, 2))
+        errors = jnp.sum((seen(next_observation) - seen(transition.next_observation)) ** 2, axis=-1)
         return 0.5 * jnp.mean(errors + (reward - transition.reward) ** 2)
 
     def model(self, init: Callable[[Any, Any], Any]) -> fb.Model:
