@@ -450,9 +450,14 @@ def check_prediction(function: str, name: str, shapes: Prediction, inputs: Input
             )
 
 
+def is_sparse(x: Any) -> bool:
+    """Whether it is an array of `jax.experimental.sparse`."""
+    return hasattr(x, "todense")
+
+
 def num_rows(inputs: Inputs) -> set[int]:
     """The leading axes of the inputs' arrays; of a sparse one its own, and not those of the buffers it is made of."""
-    arrays = jax.tree.leaves(inputs, is_leaf=lambda x: hasattr(x, "todense"))
+    arrays = jax.tree.leaves(inputs, is_leaf=is_sparse)
     return {x.shape[0] for x in arrays if np.ndim(x) > 0}
 
 

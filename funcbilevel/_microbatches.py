@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from funcbilevel._arguments import check_callable, check_number
-from funcbilevel._check import check_is_model, num_rows
+from funcbilevel._check import check_is_model, is_sparse, num_rows
 from funcbilevel._described import described
 from funcbilevel._model import Model
 from funcbilevel._tree import at_path
@@ -39,7 +39,8 @@ def microbatched(model: Model, size: int) -> Model:
         A `Model` with the parameters and the state of `model`, the one for the other at any time.
 
     Raises:
-        TypeError: `model` is not a `Model`, or `size` is not an integer; (at trace time) inputs have no sample axis.
+        TypeError: `model` is not a `Model`, or `size` is not an integer; (at trace time) inputs have no sample axis, or
+            are sparse.
         ValueError: `size` < 1; (at trace time) the leaves of the inputs differ in their number of samples.
 
     Example:
@@ -97,7 +98,7 @@ def microbatched_objective(objective: Callable[..., Any], size: int) -> Callable
 
     Raises:
         TypeError: `objective` is not callable, or `size` is not an integer; (at trace time) a leaf of the batch has no
-            sample axis.
+            sample axis, or is sparse.
         ValueError: `size` < 1; (at trace time) the leaves of the batch differ in their number of samples.
 
     Example: a mean over 10 samples in parts of four.
@@ -135,8 +136,12 @@ def microbatched_objective(objective: Callable[..., Any], size: int) -> Callable
 
 def _parts(function: str, argument: str, batch: PyTree, size: int) -> tuple[int, Callable[[Any], PyTree], PyTree]:
     """How many parts of `size` samples, i -> the i-th of them, and what is left or None."""
-    leaves = jax.tree_util.tree_leaves_with_path(batch)
-    for path, x in leaves:
+    for path, x in jax.tree_util.tree_leaves_with_path(batch, is_leaf=is_sparse):
+        if is_sparse(x):
+            raise TypeError(
+                f"{function}: every leaf of {argument} must be dense, to be taken apart by samples, got "
+                f"{type(x).__name__} at {argument}{at_path(path)}; pass {argument}.todense(), or do without parts."
+            )
         if np.ndim(x) == 0:
             raise TypeError(
                 f"{function}: every leaf of {argument} must have samples in front, got the scalar {x!r} at "

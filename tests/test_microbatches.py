@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen
+from jax.experimental import sparse
 
 import funcbilevel as fb
 
@@ -171,6 +172,11 @@ def test_an_objective_in_parts_keeps_no_activations():
             lambda: fb.microbatched_objective(lambda w, t, b: 0.0, 2)(0.0, 0.0, (jnp.ones(3), 1.0)),
             TypeError,
             r"must have samples in front, got the scalar 1.0 at batch\['1'\]",
+        ),
+        (
+            lambda: fb.microbatched(fb.from_linen(Net()), 2).apply({}, {}, (sparse.BCOO.fromdense(jnp.ones((3, 3))),)),
+            TypeError,
+            r"must be dense, .* got BCOO at inputs\['0'\]",
         ),
         (
             lambda: fb.microbatched_objective(lambda w, t, b: 0.0, 2)(0.0, 0.0, (jnp.ones(3), jnp.ones(4))),
